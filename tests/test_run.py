@@ -1,0 +1,138 @@
+"""A run's name, storage, steps and results; the machine it is to run on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from cpt_helpers import environment, run
+from cpt_helpers.errors import (
+    ParameterError,
+    RunExistsError,
+    StepError,
+    StorageError,
+    UnreadyError,
+)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "../up", "-x", "models", "x" * 65, "a b", None, 7])
+def test_names_that_cannot_be_a_runs(name: object, tmp_path: Path) -> None:
+    with pytest.raises(ParameterError, match="RUN_NAME"):
+        run.Run.open(name, tmp_path)
+
+
+def test_where_the_storage_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "CLUSTER_STORAGE", tmp_path / "nomount")
+    monkeypatch.chdir(tmp_path)
+    assert run.storage_root() == tmp_path / "cluster_storage"
+    monkeypatch.setattr(run, "CLUSTER_STORAGE", tmp_path / "mount")
+    (tmp_path / "mount").mkdir()
+    assert run.storage_root() == tmp_path / "mount"
+    monkeypatch.setenv("CPT_STORAGE", str(tmp_path / "env"))
+    assert run.storage_root() == tmp_path / "env"
+    assert run.storage_root(tmp_path / "given") == tmp_path / "given"
+
+
+def test_a_storage_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot be written"):
+        run.storage_root(tmp_path / "file" / "storage")
+    with pytest.raises(StorageError, match="cannot be written"):
+        run.storage_root("/proc/storage")
+    with pytest.raises(StorageError, match="s3://bucket/x is not a path"):
+        run.storage_root("s3://bucket/x")
+
+
+def test_too_little_room(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free / 2**30
+    with pytest.raises(StorageError, match=rf"{free:.0f}.* GiB free, {free + 9:.1f} GiB needed"):
+        environment.require_room(tmp_path, free + 9)
+
+
+def test_a_step_records_and_the_next_one_needs_it(tmp_path: Path) -> None:
+    given = {"RUN_NAME": "r", "STORAGE": str(tmp_path)}
+    with pytest.raises(StepError, match="01_setup has not been run"):
+        run.begin("02_data", needs="01_setup", **given)
+    first = run.begin("01_setup", **given)
+    with pytest.raises(StepError, match="did not come to what it promised: the sky is green"):
+        first.finish({"a": 1}, {"the sky is blue": True, "the sky is green": False})
+    assert not first.run.step_json("01_setup").exists(), "a broken step was recorded"
+    first.finish({"model": {"path": "p"}}, {"the sky is blue": True})
+    second = run.begin("02_data", needs="01_setup", **given)
+    second.finish({"model": {"size": 2}}, {})
+    results = json.loads(second.run.results_json.read_text())
+    assert results["model"] == {"path": "p", "size": 2}
+    assert set(results["notebooks"]) == {"01_setup", "02_data"}
+
+
+def test_a_trained_run_is_not_given_other_settings(tmp_path: Path) -> None:
+    given = {"RUN_NAME": "r", "STORAGE": str(tmp_path), "CORPUS": "news", "OVERRIDES": {}}
+    step = run.begin("02_data", **given)
+    step.finish({}, {})
+    run.begin("02_data", **given | {"CORPUS": "ray_docs"})  # nothing trained: free to change
+    step.run.metrics.write_text('{"event": "start", "step": 0}\n')
+    run.begin("02_data", **given)
+    with pytest.raises(RunExistsError, match="CORPUS was 'news', is now 'ray_docs'"):
+        run.begin("02_data", **given | {"CORPUS": "ray_docs"})
+
+
+def test_overrides_in_any_form() -> None:
+    assert run.as_overrides("{max_steps: 3}") == {"max_steps": 3}
+    assert run.as_overrides("") == run.as_overrides(None) == {}
+    for bad in ("max_steps 3", [1], 7, {1: 2}, "{a: "):
+        with pytest.raises(ParameterError, match="OVERRIDES"):
+            run.as_overrides(bad)
+
+
+def test_events_of_a_resumed_run_appear_once(tmp_path: Path) -> None:
+    one = run.Run.open("r", tmp_path)
+    assert one.state == "new"
+    steps = [("start", 0), ("step", 1), ("step", 2), ("step", 3)]
+    again = [("start", 2), ("step", 3), ("step", 4), ("end", 4)]
+    one.folder.mkdir()
+    lines = [json.dumps({"event": event, "step": step}) for event, step in steps]
+    one.metrics.write_text("\n".join(lines) + '\n{"event": "st')
+    assert one.state == "started"
+    more = [json.dumps({"event": event, "step": step}) for event, step in again]
+    one.metrics.write_text("\n".join(lines + more) + "\n")
+    assert [e["step"] for e in one.events() if e["event"] == "step"] == [1, 2, 3, 4]
+    assert one.state == "complete"
+
+
+def test_the_machine_is_reported(tmp_path: Path) -> None:
+    report = environment.report(tmp_path)
+    assert report.wrong_versions == []
+    assert {"ray", "torch", "llamafactory", "deepspeed"} <= set(report.versions)
+    report.raise_if_unready(need_gib=0.001)
+    wrong = SimpleNamespace(**vars(report) | {"wrong_versions": ["ray: 2.55.1, want 2.48.0"]})
+    with pytest.raises(UnreadyError, match=r"ray: 2\.55\.1, want 2\.48\.0"):
+        environment.Report.raise_if_unready(wrong)
+
+
+def test_workers_that_cannot_be_placed() -> None:
+    """Refused at once on one machine; after a wait where a cluster might still start nodes."""
+    import os
+
+    with environment.cluster() as ray:
+        cores = os.cpu_count()
+        environment.require_workers(ray, cores, {"CPU": 1})
+        with pytest.raises(UnreadyError, match=rf"room for {cores}\n"):
+            environment.require_workers(ray, cores + 1, {"CPU": 1})
+        with pytest.raises(UnreadyError, match=r"4 workers with 1 GPU each"):
+            environment.require_workers(ray, 4, {"GPU": 1})
+        assert not environment._can_be_placed(ray, 1, {"GPU": 1}, timeout=1.0)
+        assert environment._can_be_placed(ray, 1, {"CPU": 1}, timeout=30.0)
+    assert not ray.is_initialized()
+
+
+def test_a_cluster_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with (
+        pytest.raises(UnreadyError, match=r"does not answer(?s:.*)RAY_ADDRESS"),
+        environment.cluster(),
+    ):
+        pass

@@ -1,0 +1,192 @@
+"""The six notebooks for real: a tiny Gemma-3 through Ray, DeepSpeed ZeRO-3 and LLaMA-Factory."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from cpt_helpers import checkpoints, config, data, export, launch, pipeline
+from cpt_helpers.errors import RunExistsError, StepError, TrainingError
+from cpt_helpers.run import STEPS, Run, begin
+
+pytestmark = pytest.mark.training
+
+STEPS_TAKEN, BLOCK, WORKERS, MICRO = 12, 64, 2, 2
+
+
+@pytest.fixture(scope="module")
+def parameters(corpus: Path, tiny_gemma3: Path) -> dict:
+    return {
+        "TRAIN_CONFIG": "cpt_cpu.yaml",
+        "CORPUS": str(corpus),
+        "OVERRIDES": {
+            "model_name_or_path": str(tiny_gemma3),
+            "cutoff_len": BLOCK,
+            "max_steps": STEPS_TAKEN,
+            "save_steps": 5,  # 5, 10, and the last
+            "eval_steps": 5,
+            "per_device_train_batch_size": MICRO,
+            "learning_rate": 5e-3,
+            "bf16": False,
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def walked(storage: Path, parameters: dict) -> Run:
+    run = Run.open("walkthrough", storage)
+    pipeline.run_all(run, parameters)
+    return run
+
+
+@pytest.fixture(scope="module")
+def results(walked: Run) -> dict:
+    return json.loads(walked.results_json.read_text())
+
+
+def test_it_trained_what_was_planned(walked: Run, results: dict) -> None:
+    tokens = STEPS_TAKEN * MICRO * WORKERS * BLOCK
+    assert results["plan"]["steps"] == results["train"]["steps"] == STEPS_TAKEN
+    assert results["plan"]["tokens"] == results["train"]["tokens"] == tokens
+    assert (results["train"]["workers"], results["train"]["zero_stage"]) == (WORKERS, 3)
+    steps = [event for event in walked.events() if event["event"] == "step"]
+    assert [event["step"] for event in steps] == list(range(1, STEPS_TAKEN + 1))
+    assert steps[0]["loss"] == pytest.approx(math.log(512), rel=0.1)  # it knows nothing yet
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.3
+    rate = tokens / STEPS_TAKEN / results["train"]["tokens_per_second"]
+    assert min(e["seconds"] for e in steps) <= rate <= max(e["seconds"] for e in steps)
+
+
+def test_the_logs_show_two_ranks_under_zero_3(walked: Run) -> None:
+    said = "\n".join(launch.evidence(walked))
+    assert "rank-0" in said and "rank-1" in said and "world size: 2" in said
+    assert "ZeRO stage 3" in (walked.logs / "rank-0.log").read_text()
+
+
+def test_each_rank_has_its_shard_and_each_checkpoint_is_there_once(walked: Run) -> None:
+    found = checkpoints.listing(walked)
+    assert [c.step for c in found] == [5, 10, STEPS_TAKEN]
+    for checkpoint in found:
+        assert checkpoints.ranks_with_shards(checkpoint) == [0, 1]
+        names = {row["file"] for row in checkpoint.files()}
+        assert {
+            "model.safetensors",
+            "tokenizer.json",
+            "rng_state_0.pth",
+            "rng_state_1.pth",
+        } <= names
+        assert "TorchTrainer_" in str(checkpoint.path) and checkpoint.path.name.startswith(
+            "checkpoint_"
+        )
+    assert not list(walked.output.glob("checkpoint-*")), "a second copy beside Ray's"
+    assert not list(walked.output.glob(".rank-*"))
+
+
+def test_perplexity_is_what_plain_transformers_measures(
+    walked: Run, results: dict, tiny_gemma3: Path
+) -> None:
+    """Before: the base model. After: the exported one. Neither by the trainer."""
+    for role, name in (("domain", "handbook"), ("general", "news")):
+        texts = list(data.texts_of(data.load(name, walked.storage).heldout))
+        for when, folder in (("before", tiny_gemma3), ("after", walked.export)):
+            model, tokenizer = export.load(folder, dtype="float32")
+            again = export.perplexity(model, tokenizer, texts, BLOCK)
+            assert results["perplexity"][role][when] == pytest.approx(again, rel=1e-3), (role, when)
+    domain = results["perplexity"]["domain"]
+    assert domain["after"] < 0.8 * domain["before"]
+    assert results["export"]["perplexity"]["domain"] == pytest.approx(domain["after"], rel=1e-3)
+
+
+def test_the_export_is_the_checkpoint_and_nothing_more(walked: Run, results: dict) -> None:
+    from safetensors.torch import load_file
+
+    assert results["export"]["path"] == str(walked.export)
+    assert results["export"]["dtype"] == "float32"
+    names = {path.name for path in walked.export.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= names
+    assert not {"training_args.bin", "trainer_state.json", "optimizer.pt"} & names
+    trained = load_file(checkpoints.latest(walked).model / "model.safetensors")
+    exported = load_file(walked.export / "model.safetensors")
+    assert set(exported) <= set(trained)
+    assert all(exported[name].equal(trained[name]) for name in exported)
+    special = json.loads((walked.export / "special_tokens_map.json").read_text())
+    assert special["eos_token"] == "<eos>"
+
+
+def test_every_step_left_its_results(walked: Run, results: dict) -> None:
+    assert set(results["notebooks"]) == set(STEPS)
+    assert all(step["seconds"] > 0 for step in results["notebooks"].values())
+    assert results["versions"]["llamafactory"] == "0.9.3"
+    for step in STEPS:
+        copy = json.loads((walked.notebooks / f"{step}.ipynb").read_text())
+        assert not any(
+            output["output_type"] == "error"
+            for cell in copy["cells"]
+            for output in cell.get("outputs", [])
+        )
+    size = (walked.notebooks / "04_train.ipynb").stat().st_size
+    images = sum(
+        len(output.get("data", {}).get("image/png", ""))
+        for cell in json.loads((walked.notebooks / "04_train.ipynb").read_text())["cells"]
+        for output in cell.get("outputs", [])
+    )
+    assert size - images < 40_000, "the training's log is in the notebook"
+
+
+def test_mlflow_has_the_run(walked: Run) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{walked.mlflow_db}")
+    experiment = client.get_experiment_by_name("cpt")
+    runs = client.search_runs([experiment.experiment_id])
+    assert [run.info.run_name for run in runs] == ["walkthrough"]
+    losses = client.get_metric_history(runs[0].info.run_id, "loss")
+    logged = [event["loss"] for event in walked.events() if event["event"] == "step"]
+    assert [metric.value for metric in sorted(losses, key=lambda m: m.step)] == logged
+
+
+def test_held_out_documents_were_not_trained_on(walked: Run) -> None:
+    args = config.load(walked)
+    assert args["dataset"] == "handbook"
+    corpus = data.load("handbook", walked.storage)
+    assert not set(data.texts_of(corpus.train)) & set(data.texts_of(corpus.heldout))
+
+
+def test_again_is_the_same_and_trains_nothing(walked: Run, parameters: dict, results: dict) -> None:
+    before = walked.metrics.read_bytes()
+    pipeline.run_all(walked, parameters)
+    assert walked.metrics.read_bytes() == before
+    again = json.loads(walked.results_json.read_text())
+    for key in ("train", "perplexity", "export", "plan", "data", "checkpoints"):
+        assert again[key] == results[key], key
+
+
+def test_its_name_is_not_given_to_another_training(walked: Run, parameters: dict) -> None:
+    before = {path: path.stat().st_mtime_ns for path in walked.folder.rglob("*") if path.is_file()}
+    other = parameters["OVERRIDES"] | {"max_steps": 3}
+    given = {"RUN_NAME": walked.name, "STORAGE": str(walked.storage)}
+    with pytest.raises(RunExistsError, match="has been trained with other settings"):
+        begin("03_config", needs="02_data", **given, TRAIN_CONFIG="cpt_cpu.yaml", OVERRIDES=other)
+    changed = parameters | {"OVERRIDES": other}
+    with pytest.raises(StepError, match="has been trained with other settings"):
+        pipeline.run_all(walked, changed)
+    after = {path: path.stat().st_mtime_ns for path in before if path.exists()}
+    kept = {p: t for p, t in before.items() if p.parent != walked.notebooks}
+    assert {path: after.get(path) for path in kept} == kept, "something was overwritten"
+
+
+def test_a_failing_worker_is_one_readable_error(walked: Run) -> None:
+    """A template LLaMA-Factory does not know passes every check of ours and stops in the worker."""
+    run = Run.open("failing", walked.storage)
+    args = config.load(walked) | {"template": "no_such_template", "report_to": "none"}
+    args |= {"output_dir": str(run.output), "ray_run_name": run.name}
+    with pytest.raises(TrainingError) as failed:
+        launch.train(run, args)
+    message = str(failed.value)
+    assert "training failed in a worker: ValueError: Template no_such_template" in message
+    assert str(run.logs / "rank-") in message
+    assert "ray::" not in message and len(message.splitlines()) < 25
+    assert run.state == "new"
