@@ -78,9 +78,9 @@ class Builtin:
 
 BUILTIN = {
     "ray_docs": Builtin(
-        "docstrings of the installed ray package", lambda: assets.docstrings("ray"), 0.01
+        "docstrings of the installed ray package", lambda: assets.docstrings("ray"), 0.007
     ),
-    "news": Builtin("Lee news corpus, 299 articles", assets.news, 0.1),
+    "news": Builtin("Lee news corpus, 299 articles", assets.news, 0.08),
     "my_cpt_c4": Builtin("the guide's 100 documents of C4", lambda: read_url(C4_URL), 0.1),
 }
 

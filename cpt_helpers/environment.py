@@ -19,6 +19,15 @@ from .errors import StorageError, UnreadyError
 from .run import PROJECT
 
 CORE = ("llamafactory", "deepspeed", "ray", "torch", "transformers", "mlflow")
+# glibc returns every large tensor's memory to the kernel and has it zeroed again: a third of a step
+# on CPUs. With these it is kept; 74 → 109 tokens/s on two EPYC cores (2026-11-22, 2,048 tokens a
+# step, SmolLM2-135M, ZeRO-3, fp32). Read when a process starts; other C libraries ignore them.
+KEEP_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30),
+    "MALLOC_TOP_PAD_": str(256 * 2**20),
+}
 _PIN = re.compile(r"^([A-Za-z0-9_.-]+)(?:\[[^\]]*\])?==([^\s#]+)")
 
 
@@ -146,6 +155,8 @@ def cluster() -> Iterator[Any]:
     options: dict[str, Any] = {}
     if address == "local":
         options = {"include_dashboard": False, "num_cpus": os.cpu_count()}
+        if not _has_nvidia():
+            options["runtime_env"] = {"env_vars": KEEP_MEMORY}
     else:
         options = {"runtime_env": {"py_modules": [str(PROJECT / "cpt_helpers")]}}
     try:
@@ -221,8 +232,12 @@ def _can_be_placed(ray: Any, workers: int, each: dict[str, float], timeout: floa
     return True
 
 
+def _has_nvidia() -> bool:
+    return Path("/dev/nvidiactl").exists()
+
+
 def _gpus() -> list[str]:
-    if not Path("/dev/nvidiactl").exists():
+    if not _has_nvidia():
         return []
     import torch
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import show
+from . import environment, show
 from .errors import ParameterError, StepError
 from .run import PROJECT, STEPS, Run, as_overrides
 
@@ -35,6 +35,8 @@ def run_all(run: Run, parameters: dict[str, Any]) -> dict[str, Any]:
     from papermill.exceptions import PapermillExecutionError
 
     _tame_jupyter()
+    for name, value in environment.KEEP_MEMORY.items():
+        os.environ.setdefault(name, value)  # the notebooks' kernels start with them
     declared = {step: set(papermill.inspect_notebook(_source(step))) for step in STEPS}
     for name in parameters:
         if not any(name in names for names in declared.values()):
