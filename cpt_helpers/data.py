@@ -78,9 +78,9 @@ class Builtin:
 
 BUILTIN = {
     "ray_docs": Builtin(
-        "docstrings of the installed ray package", lambda: assets.docstrings("ray"), 0.007
+        "docstrings of the installed ray package", lambda: assets.docstrings("ray"), 0.005
     ),
-    "news": Builtin("Lee news corpus, 299 articles", assets.news, 0.08),
+    "news": Builtin("Lee news corpus, 299 articles", assets.news, 0.06),
     "my_cpt_c4": Builtin("the guide's 100 documents of C4", lambda: read_url(C4_URL), 0.1),
 }
 
@@ -205,7 +205,8 @@ def read_url(url: str, *, timeout: float = 30.0) -> list[str]:
             with urllib.request.urlopen(url, timeout=timeout) as reply, target.open("wb") as file:
                 shutil.copyfileobj(reply, file)
         except (OSError, ValueError) as error:  # URLError and time-outs are OSErrors
-            reason = getattr(error, "reason", error)
+            code = f"HTTP {error.code}, " if hasattr(error, "code") else ""
+            reason = f"{code}{getattr(error, 'reason', error)}"
             raise DataError(
                 f"the corpus cannot be fetched: {reason}",
                 where=url,

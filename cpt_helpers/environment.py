@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import shutil
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -150,8 +151,8 @@ def cluster() -> Iterator[Any]:
     if ray.is_initialized():  # the reader's own session, with the reader's own settings
         yield ray
         return
-    on_anyscale = any(name.startswith("ANYSCALE_") for name in os.environ)
-    address = os.environ.get("RAY_ADDRESS") or ("auto" if on_anyscale else "local")
+    address = _address()
+    _require_answer(address)
     options: dict[str, Any] = {}
     if address == "local":
         options = {"include_dashboard": False, "num_cpus": os.cpu_count()}
@@ -162,12 +163,7 @@ def cluster() -> Iterator[Any]:
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, RuntimeError) as error:
-        raise UnreadyError(
-            f"the Ray cluster does not answer: {str(error).splitlines()[0]}",
-            where=f"RAY_ADDRESS={address}",
-            expected="the address of a running Ray cluster",
-            do="start it, correct RAY_ADDRESS, or unset it to train on this machine",
-        ) from None
+        raise _no_answer(address, str(error).splitlines()[0]) from None
     try:
         yield ray
     finally:
@@ -203,8 +199,9 @@ def require_workers(ray: Any, workers: int, each: dict[str, float]) -> None:
     )
     if fitting >= workers:
         return
-    local = len(nodes) == 1 and not os.environ.get("RAY_ADDRESS")
-    timeout = 0.0 if local else float(os.environ.get("CPT_PLACEMENT_TIMEOUT", "900"))
+    timeout = (
+        0.0 if _address() == "local" else float(os.environ.get("CPT_PLACEMENT_TIMEOUT", "900"))
+    )
     if timeout and _can_be_placed(ray, workers, each, timeout):
         return
     wanted = ", ".join(f"{need:g} {kind}" for kind, need in each.items())
@@ -217,6 +214,32 @@ def require_workers(ray: Any, workers: int, each: dict[str, float]) -> None:
         do="OVERRIDES = {'ray_num_workers': " + f"{max(fitting, 1)}" + "}, a smaller "
         "resources_per_worker, or a larger cluster",
     )
+
+
+def _require_answer(address: str) -> None:
+    """Ray itself goes on asking a dead address for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # "local", "auto": nothing to ask
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise _no_answer(address, str(error)) from None
+
+
+def _no_answer(address: str, reason: str) -> UnreadyError:
+    return UnreadyError(
+        f"the Ray cluster does not answer: {reason}",
+        where=f"RAY_ADDRESS={address}",
+        expected="the address of a running Ray cluster",
+        do="start it, correct RAY_ADDRESS, or unset it to train on this machine",
+    )
+
+
+def _address() -> str:
+    """Ray's address: the environment's, the surrounding Anyscale cluster's, or this machine's."""
+    on_anyscale = any(name.startswith("ANYSCALE_") for name in os.environ)
+    return os.environ.get("RAY_ADDRESS") or ("auto" if on_anyscale else "local")
 
 
 def _can_be_placed(ray: Any, workers: int, each: dict[str, float], timeout: float) -> bool:

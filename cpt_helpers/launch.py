@@ -116,7 +116,7 @@ def _fit(run: Run, args: dict[str, Any], resumed: checkpoints.Checkpoint | None)
             "args": args,
             "metrics": str(run.metrics),
             "logs": str(run.logs),
-            "environment": tracking.worker_environment(run, args),
+            "variables": run.name,
         },
         scaling_config=ScalingConfig(
             num_workers=args.get("ray_num_workers", 1),
@@ -132,7 +132,7 @@ def _fit(run: Run, args: dict[str, Any], resumed: checkpoints.Checkpoint | None)
         resume_from_checkpoint=Checkpoint(resumed.path) if resumed else None,
     )
     try:
-        with _quiet():
+        with _quiet(), tracking.variables_for_workers(run, args):
             trainer.fit()
     except (TrainingFailedError, RuntimeError, ValueError) as error:
         raise _readable(run, error) from None
@@ -183,7 +183,7 @@ def _readable(run: Run, error: Exception) -> TrainingError:
     logs = sorted(run.logs.glob("rank-*.log"))
     tails = {log: _last_attempt(log) for log in logs}
     failed = [log for log in logs if any(_is_exception(line) for line in tails[log])]
-    # The rank that failed first wrote last; the others only lost their connection to it.
+    # The rank that failed first ended first; the others only lost their connection to it.
     log = min(failed, key=lambda p: p.stat().st_mtime) if failed else (logs[0] if logs else None)
     if log is None:
         reason = _last_line(str(error))

@@ -62,6 +62,7 @@ def run_all(run: Run, parameters: dict[str, Any]) -> dict[str, Any]:
                     kernel_name="python3",
                     progress_bar=False,
                     autosave_cell_every=5,
+                    extra_arguments=["--log-level=ERROR"],  # the kernel's, about its own transport
                 )
             except PapermillExecutionError as error:
                 raise _plain(step, copy, error) from None

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from .errors import ConfigError
+from .streams import redirected
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,7 @@ def zero_memory(size: ModelSize, workers: int, nodes: int = 1) -> list[dict[str,
         One row a setting, in GiB per worker on the accelerator and per node on the host.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    with _hushed():
+    with redirected(os.devnull):  # its import tries to compile what it needs none of here
         from deepspeed.runtime.zero.stage3 import (
             estimate_zero3_model_states_mem_needs as zero3,
         )
@@ -215,19 +214,3 @@ def learning_rates(args: dict[str, Any], steps: int) -> list[float]:
         optimizer.step()
         scheduler.step()
     return rates
-
-
-@contextmanager
-def _hushed() -> Iterator[None]:
-    """Silences what DeepSpeed's import tries to compile and cannot; it needs none of it here."""
-    saved = [os.dup(1), os.dup(2)]
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        for number in (1, 2):
-            os.dup2(nowhere, number)
-        yield
-    finally:
-        for number, descriptor in enumerate(saved, 1):
-            os.dup2(descriptor, number)
-            os.close(descriptor)
-        os.close(nowhere)

@@ -43,7 +43,9 @@ def progress(run: Run) -> tuple[int, int, str]:
     steps = [event for event in events if event["event"] == "step"]
     last = events[-1]
     if last["event"] == "end":
-        return last["step"], start["max_steps"], "trained; the model is being written"
+        return last["step"], start["max_steps"], "trained"
+    if last["event"] == "save" and last["step"] == start["max_steps"]:
+        return last["step"], start["max_steps"], "the final model is being written"
     if not steps:
         return start["step"], start["max_steps"], "measuring held-out text before the first step"
     pace = statistics.median(event["seconds"] for event in steps[-5:])
@@ -82,7 +84,7 @@ def follow(run: Run) -> Iterator[None]:
         done.set()
         thread.join()
         step, steps, line = progress(run)
-        show(f"step {step}/{steps or '?'} · {line.replace('; the model is being written', '')}")
+        show(f"step {step}/{steps or '?'} · {line}")
         close()
 
 

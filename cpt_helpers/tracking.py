@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 from .config import worker_variables
 from .errors import TrackingError
 from .run import Run
 
+VARIABLES = b"cpt_helpers"  # namespace in the key-value store of Ray's head, which is in memory
+
 
 def worker_environment(run: Run, args: dict[str, Any]) -> dict[str, str]:
     """Variables the workers need: where MLflow's store is, and the secrets of this process.
 
-    They travel in Ray's memory only, never in a file.
+    They reach the workers by :func:`variables_for_workers`, and no file.
     """
     passed = ("HF_TOKEN", "HF_HOME", "HF_HUB_OFFLINE", "HF_HUB_ENABLE_HF_TRANSFER")
     names = [name for name in os.environ if name in passed or name.startswith("MLFLOW_")]
@@ -23,6 +29,31 @@ def worker_environment(run: Run, args: dict[str, Any]) -> dict[str, str]:
         variables.setdefault("MLFLOW_EXPERIMENT_NAME", "cpt")
         variables.setdefault("MLFLOW_FLATTEN_PARAMS", "1")
     return variables
+
+
+@contextmanager
+def variables_for_workers(run: Run, args: dict[str, Any]) -> Iterator[None]:
+    """Lays the workers' variables into the memory of Ray's head while the block runs.
+
+    As part of the training's configuration they would be written to ``params.json`` and
+    ``params.pkl`` beside the checkpoints, as a runtime environment into Ray's logs.
+    """
+    from ray.experimental import internal_kv
+
+    variables = json.dumps(worker_environment(run, args)).encode()
+    key = run.name.encode()
+    internal_kv._internal_kv_put(key, variables, overwrite=True, namespace=VARIABLES)
+    try:
+        yield
+    finally:
+        internal_kv._internal_kv_del(key, namespace=VARIABLES)
+
+
+def take_variables(run_name: str) -> dict[str, str]:
+    """In a worker: the variables the driver laid down for this run."""
+    from ray.experimental import internal_kv
+
+    return json.loads(internal_kv._internal_kv_get(run_name.encode(), namespace=VARIABLES))
 
 
 def prepare(run: Run, args: dict[str, Any]) -> str | None:
@@ -36,19 +67,17 @@ def prepare(run: Run, args: dict[str, Any]) -> str | None:
     """
     if "mlflow" not in str(args.get("report_to")):
         return None
-    import logging
-
     import mlflow
 
     variables = worker_environment(run, args)
     uri, experiment = variables["MLFLOW_TRACKING_URI"], variables["MLFLOW_EXPERIMENT_NAME"]
-    for name in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     run.mlflow_db.parent.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     try:
         mlflow.set_tracking_uri(uri)
-        if mlflow.get_experiment_by_name(experiment) is None:
+        with redirect_stderr(io.StringIO()):  # fifty lines of a new database's migrations
+            known = mlflow.get_experiment_by_name(experiment)
+        if known is None:
             store = (run.mlflow_db.parent / "artifacts").as_uri() if "sqlite" in uri else None
             mlflow.create_experiment(experiment, artifact_location=store)
     except Exception as error:

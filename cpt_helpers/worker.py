@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from .streams import redirected
+from .tracking import take_variables
 
 
 def train_loop(config: dict[str, Any]) -> None:
@@ -23,18 +26,20 @@ def train_loop(config: dict[str, Any]) -> None:
 
     Args:
         config: ``args`` (the resolved recipe), ``metrics`` and ``logs`` (paths on the storage),
-            ``environment`` (variables to set before anything reads them).
+            ``variables`` (under which the driver laid down environment variables).
     """
     import ray.train
 
     rank = ray.train.get_context().get_world_rank()
-    os.environ.update(config["environment"])
+    os.environ.update(take_variables(config["variables"]))
     args = dict(config["args"])
     with _log_of(rank, Path(config["logs"])):
         if args.get("use_cpu"):
             os.environ["DS_ACCELERATOR"] = "cpu"
             import deepspeed
 
+            # Only DeepSpeed's inference uses this operator (0.16.9), and it takes a C++ compiler.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             # DeepSpeed takes over Ray's gloo group; unasked, it would think it is alone.
             deepspeed.init_distributed(dist_backend="gloo", verbose=False)
         from llamafactory.train.tuner import _training_function
@@ -46,9 +51,9 @@ def train_loop(config: dict[str, Any]) -> None:
             args["overwrite_output_dir"] = True
             args["eval_on_start"] = args.get("eval_on_start", False) and not folder
             tokens = _tokens_per_step(args)
-            callbacks = [_make_callback(Path(config["metrics"]), tokens)]
-            _training_function({"args": args, "callbacks": callbacks})
-        sys.stdout.flush()
+            callback = _make_callback(Path(config["metrics"]), tokens)
+            _training_function({"args": args, "callbacks": [callback]})
+            callback.write("end", callback.state)  # the final model is written too
 
 
 def _tokens_per_step(args: dict[str, Any]) -> int:
@@ -147,7 +152,9 @@ def _make_callback(metrics: Path, tokens_per_step: int) -> Any:
             self.logged = (state.global_step, 0.0)
 
         def on_train_end(self, args, state, control, **kwargs):
-            self.write("end", state)
+            self.state = state
+            if self.losses:  # measured after the last step; LLaMA-Factory would do it once more
+                args.do_eval = False
 
     return RunCallback()
 
@@ -190,28 +197,17 @@ def _parameters(model: Any) -> dict[str, int]:
 
 @contextmanager
 def _log_of(rank: int, folder: Path) -> Iterator[None]:
-    """Sends all a rank prints, C++ included, to ``rank-<n>.log``; a restart adds to it."""
+    """Sends all a rank prints to ``rank-<n>.log``, a traceback at its end too; a restart adds."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"rank-{rank}.log"
-    saved = [os.dup(1), os.dup(2)]
     with path.open("a", encoding="utf-8") as log:
         log.write(f"--- rank {rank}, {time.strftime('%Y-%m-%d %H:%M:%S')}, pid {os.getpid()}\n")
-        log.flush()
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    try:
-        yield
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-        raise
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for number, descriptor in enumerate(saved, 1):
-            os.dup2(descriptor, number)
-            os.close(descriptor)
+    with redirected(path):
+        try:
+            yield
+        except BaseException:
+            traceback.print_exc()
+            raise
 
 
 @contextmanager

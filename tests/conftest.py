@@ -12,6 +12,7 @@ import pytest
 from cpt_helpers import assets
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["CXX"] = "/bin/false"  # a bare machine has no compiler: nothing may need one
 os.environ.pop("CPT_STORAGE", None)
 
 

@@ -249,6 +249,10 @@ def test_a_trained_run_keeps_its_settings(resolve, prepared: Run) -> None:
     assert config.load(run)["max_steps"] == 3
 
 
+def test_packing_is_left_to_the_stage(resolve) -> None:
+    assert "packing" not in resolve(packing=True).args
+
+
 def test_precision_follows_the_cpu(resolve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "cpu_has_bf16", lambda: False)
     assert resolve().args["bf16"] is False

@@ -176,7 +176,8 @@ def test_packing_is_llamafactorys_own(tiny_gemma3: Path, documents: list[str]) -
     from llamafactory.hparams import DataArguments
 
     tokenizer = assets.tokenizer_of(str(tiny_gemma3))
-    arguments = DataArguments(template="empty", cutoff_len=64, packing=True)
+    arguments = DataArguments(template="empty", cutoff_len=64)
+    arguments.packing = True  # as stage pt sets it, after the class has been made
     processor = PretrainDatasetProcessor(
         template=None, tokenizer=tokenizer, processor=None, data_args=arguments
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 
-from cpt_helpers import checkpoints, config, data, export, launch, pipeline
+from cpt_helpers import assets, checkpoints, config, data, export, launch, pipeline
 from cpt_helpers.errors import RunExistsError, StepError, TrainingError
 from cpt_helpers.run import STEPS, Run, begin
 
@@ -113,7 +114,7 @@ def test_the_export_is_the_checkpoint_and_nothing_more(walked: Run, results: dic
     assert set(exported) <= set(trained)
     assert all(exported[name].equal(trained[name]) for name in exported)
     special = json.loads((walked.export / "special_tokens_map.json").read_text())
-    assert special["eos_token"] == "<eos>"
+    assert special["eos_token"]["content"] == "<eos>"
 
 
 def test_every_step_left_its_results(walked: Run, results: dict) -> None:
@@ -176,6 +177,25 @@ def test_its_name_is_not_given_to_another_training(walked: Run, parameters: dict
     after = {path: path.stat().st_mtime_ns for path in before if path.exists()}
     kept = {p: t for p, t in before.items() if p.parent != walked.notebooks}
     assert {path: after.get(path) for path in kept} == kept, "something was overwritten"
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(walked: Run) -> None:
+    """Interrupted after step 10, by all its files say: it goes on from there, bit for bit."""
+    run = Run.open("resumed", walked.storage)
+    shutil.copytree(walked.folder, run.folder)
+    (_, ten, last) = checkpoints.listing(run)
+    shutil.rmtree(last.path)
+    shutil.rmtree(run.output)
+    events = [event for event in walked.events() if event["step"] <= 10]
+    run.metrics.write_text("".join(json.dumps(event) + "\n" for event in events))
+    assert run.state == "started" and checkpoints.latest(run) == ten
+    own = {"output_dir": str(run.output), "ray_run_name": run.name, "report_to": "none"}
+    launch.train(run, config.load(walked) | own)
+    ours = [event for event in run.events() if event["event"] == "step"]
+    theirs = [event for event in walked.events() if event["event"] == "step"]
+    assert [(e["step"], e["loss"]) for e in ours] == [(e["step"], e["loss"]) for e in theirs]
+    weights = [r.output / "model.safetensors" for r in (run, walked)]
+    assert assets.sha256(weights[0]) == assets.sha256(weights[1])
 
 
 def test_a_failing_worker_is_one_readable_error(walked: Run) -> None:
