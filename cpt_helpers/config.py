@@ -140,10 +140,8 @@ def resolve(run: Run, train_config: str, overrides: dict[str, Any], corpus: str)
         args["deepspeed"] = str(run.config_dir / deepspeed.name)
         why["deepspeed"] = f"a copy of {deepspeed.name} the workers can read"
     _refuse_secrets(args, path)
-    if args.get("stage") == "pt" and args.pop(
-        "packing", None
-    ):  # 0.9.3 then cuts blocks one shorter
-        why["packing"] = "stage pt packs by itself"
+    if args.get("stage") == "pt" and args.pop("packing", None):
+        why["packing"] = "stage pt packs by itself; asked to, 0.9.3 cuts blocks a token short"
     if args.get("use_cpu") and args.get("bf16") and "bf16" not in overrides and not cpu_has_bf16():
         args["bf16"], why["bf16"] = False, "this CPU has no bf16 instructions: fp32 is faster"
     _check_datasets(args, path)

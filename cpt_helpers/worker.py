@@ -35,13 +35,7 @@ def train_loop(config: dict[str, Any]) -> None:
     args = dict(config["args"])
     with _log_of(rank, Path(config["logs"])):
         if args.get("use_cpu"):
-            os.environ["DS_ACCELERATOR"] = "cpu"
-            import deepspeed
-
-            # Only DeepSpeed's inference uses this operator (0.16.9), and it takes a C++ compiler.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-            # DeepSpeed takes over Ray's gloo group; unasked, it would think it is alone.
-            deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+            join_cpu_group()
         from llamafactory.train.tuner import _training_function
 
         checkpoint = ray.train.get_checkpoint()
@@ -54,6 +48,16 @@ def train_loop(config: dict[str, Any]) -> None:
             callback = _make_callback(Path(config["metrics"]), tokens)
             _training_function({"args": args, "callbacks": [callback]})
             callback.write("end", callback.state)  # the final model is written too
+
+
+def join_cpu_group() -> None:
+    """Has DeepSpeed take over the process group on CPUs; unasked, it would think it is alone."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    # Only DeepSpeed's inference uses this operator (0.16.9), and making it takes a C++ compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
 
 
 def _tokens_per_step(args: dict[str, Any]) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cpt_helpers import assets, data
+from cpt_helpers import assets, data, export
 from cpt_helpers.errors import AssetError
 
 
@@ -65,6 +65,18 @@ def test_unknown_models(tmp_path: Path) -> None:
         assets.model("smollm2-135m-instruct", tmp_path)
     with pytest.raises(AssetError, match="does not exist"):
         assets.obtain(str(tmp_path / "models" / "SmolLM2-135M"), tmp_path)
+
+
+def test_a_model_the_hub_does_not_give(tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(AssetError, match="'no-such-org/no-such-model' is not known"):
+        export.config_of("no-such-org/no-such-model")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(AssetError, match="no model folder"):
+        export.config_of(tmp_path / "empty")
+    with pytest.raises(AssetError, match="tokenizer of"):
+        assets.tokenizer_of(str(tmp_path / "empty"))
+    assert time.monotonic() - started < 60
 
 
 def test_the_ray_documentation() -> None:

@@ -43,8 +43,8 @@ def test_every_recipe_passes_llamafactorys_parser(tmp_path: Path) -> None:
 import json, os, yaml
 os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
                   MASTER_PORT="29512", DS_ACCELERATOR="cpu", USE_RAY="1")
-import deepspeed
-deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+from cpt_helpers.worker import join_cpu_group
+join_cpu_group()
 from llamafactory.hparams import get_ray_args, get_train_args
 found = {{}}
 for path in {[str(path) for path in RECIPES]!r}:
