@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import AssetError, nearest
+from .streams import hushed
 
 
 @dataclass(frozen=True)
@@ -281,7 +282,8 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     tokenizer.eos_token = "<|endoftext|>"
     loaded.config.eos_token_id = loaded.generation_config.eos_token_id = tokenizer.eos_token_id
     loaded.config.bos_token_id = loaded.generation_config.bos_token_id = tokenizer.bos_token_id
-    loaded.save_pretrained(folder)
+    with hushed():  # DeepSpeed's import tells where it runs
+        loaded.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "tokenizer.model").unlink(missing_ok=True)  # the whole GGUF once more, 98 MB
     transformers.utils.logging.enable_progress_bar()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .data import pack
 from .errors import AssetError, ExportError
+from .streams import hushed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,7 +51,8 @@ def export(checkpoint: Path, target: Path, *, dtype: str = "auto") -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
-        model.save_pretrained(part, safe_serialization=True)
+        with hushed():  # DeepSpeed's import tells where it runs
+            model.save_pretrained(part, safe_serialization=True)
         tokenizer.save_pretrained(part)
         for name in ("preprocessor_config.json", "processor_config.json"):
             if (checkpoint / name).is_file():  # multimodal models need theirs to be served

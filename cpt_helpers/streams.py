@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 
 @contextmanager
@@ -26,3 +27,10 @@ def redirected(path: str | os.PathLike) -> Iterator[None]:
             os.dup2(descriptor, number)
             os.close(descriptor)
         os.close(target)
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Drops what libraries print in this process while the block runs; errors are still raised."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from typing import Any
 
 from .config import worker_variables
 from .errors import TrackingError
 from .run import Run
+from .streams import hushed
 
 VARIABLES = b"cpt_helpers"  # namespace in the key-value store of Ray's head, which is in memory
 
@@ -75,7 +75,7 @@ def prepare(run: Run, args: dict[str, Any]) -> str | None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     try:
         mlflow.set_tracking_uri(uri)
-        with redirect_stderr(io.StringIO()):  # fifty lines of a new database's migrations
+        with hushed():  # fifty lines of a new database's migrations
             known = mlflow.get_experiment_by_name(experiment)
         if known is None:
             store = (run.mlflow_db.parent / "artifacts").as_uri() if "sqlite" in uri else None
