@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 from . import environment, show
 from .errors import ParameterError, StepError
-from .run import PROJECT, STEPS, Run, as_overrides
+from .run import PROJECT, STEPS, Run, as_overrides, defining_parameters, refuse_other_settings
 
 NOTEBOOKS = PROJECT / "notebooks"
 
@@ -29,6 +30,7 @@ def run_all(run: Run, parameters: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         ParameterError: No notebook has a parameter of that name.
+        RunExistsError: The run has been trained with other settings.
         StepError: A notebook failed; with its last error in plain words and its copy's path.
     """
     import papermill
@@ -37,7 +39,7 @@ def run_all(run: Run, parameters: dict[str, Any]) -> dict[str, Any]:
     _tame_jupyter()
     for name, value in environment.KEEP_MEMORY.items():
         os.environ.setdefault(name, value)  # the notebooks' kernels start with them
-    declared = {step: set(papermill.inspect_notebook(_source(step))) for step in STEPS}
+    declared = {step: papermill.inspect_notebook(_source(step)) for step in STEPS}
     for name in parameters:
         if not any(name in names for names in declared.values()):
             raise ParameterError(
@@ -45,6 +47,10 @@ def run_all(run: Run, parameters: dict[str, Any]) -> dict[str, Any]:
                 expected=", ".join(sorted(set().union(*declared.values()))),
             )
     given = {"RUN_NAME": run.name, "STORAGE": str(run.storage), **parameters}
+    for step, own in declared.items():  # before the copies of an earlier run are replaced
+        values = {name: ast.literal_eval(parameter["default"]) for name, parameter in own.items()}
+        values |= {name: value for name, value in given.items() if name in own}
+        refuse_other_settings(run, step, defining_parameters(values))
     run.notebooks.mkdir(parents=True, exist_ok=True)
     for number, step in enumerate(STEPS, 1):
         copy = run.notebooks / f"{step}.ipynb"

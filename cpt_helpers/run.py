@@ -199,23 +199,39 @@ def begin(step: str, *, needs: str | None = None, **parameters: Any) -> Step:
     _refuse_unknown(step, parameters)
     name, storage = parameters["RUN_NAME"], parameters.get("STORAGE")
     run = Run.open(name, storage)
+    defining = defining_parameters(parameters)
+    if needs:
+        run.read_step(needs)
+    refuse_other_settings(run, step, defining)
+    return Step(step, run, defining)
+
+
+def defining_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a step's parameters that decide what is trained, in one form to compare."""
     defining = {key: parameters[key] for key in _DEFINING if key in parameters}
     if "OVERRIDES" in defining:
         defining["OVERRIDES"] = as_overrides(defining["OVERRIDES"])
-    if needs:
-        run.read_step(needs)
-    if run.state != "new" and run.step_json(step).is_file():
-        before = run.read_step(step)["parameters"]
-        changed = [key for key, value in defining.items() if before.get(key) != value]
-        if changed:
-            raise RunExistsError(
-                f"the run '{name}' has been trained with other settings: "
-                + ", ".join(f"{k} was {before.get(k)!r}, is now {defining[k]!r}" for k in changed),
-                where=run.folder,
-                expected="the same settings (to look at it again or resume it), or a new run",
-                do="choose another RUN_NAME, or move that folder away; nothing was changed",
-            )
-    return Step(step, run, defining)
+    return defining
+
+
+def refuse_other_settings(run: Run, step: str, defining: Mapping[str, Any]) -> None:
+    """A run that has begun to train keeps its settings.
+
+    Raises:
+        RunExistsError: A step of it was recorded with other ones.
+    """
+    if run.state == "new" or not run.step_json(step).is_file():
+        return
+    before = run.read_step(step)["parameters"]
+    changed = [key for key, value in defining.items() if before.get(key) != value]
+    if changed:
+        raise RunExistsError(
+            f"the run '{run.name}' has been trained with other settings: "
+            + ", ".join(f"{k} was {before.get(k)!r}, is now {defining[k]!r}" for k in changed),
+            where=run.folder,
+            expected="the same settings (to look at it again or resume it), or a new run",
+            do="choose another RUN_NAME, or move that folder away; nothing was changed",
+        )
 
 
 def storage_root(storage: str | os.PathLike | None = None) -> Path:
