@@ -114,8 +114,6 @@ def perplexity(
     tokenizer: PreTrainedTokenizerBase,
     texts: Iterable[str],
     block_size: int,
-    *,
-    micro_batch: int = 4,
 ) -> float:
     """Perplexity over packed text, measured as the trainer measures it.
 
@@ -124,22 +122,22 @@ def perplexity(
         tokenizer: The model's.
         texts: Held-out documents.
         block_size: The training's ``cutoff_len``, in tokens.
-        micro_batch: Blocks at once.
 
     Returns:
-        exp of the mean cross-entropy over all predicted tokens of whole blocks.
+        exp of the mean over whole blocks of their mean cross-entropy, one block at a time.
     """
     import torch
 
+    # The trainer leaves padding out of the loss; where padding is the separator, that goes too.
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     blocks = torch.tensor(pack(texts, tokenizer, block_size).blocks, device=model.device)
-    total = 0.0
+    means = []
     with torch.inference_mode():
-        for batch in blocks.split(micro_batch):
-            logits = model(input_ids=batch).logits[:, :-1].float()
-            total += torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"
-            ).item()
-    return math.exp(total / (blocks.numel() - len(blocks)))
+        for block in blocks:
+            logits = model(input_ids=block[None]).logits[0, :-1].float()
+            loss = torch.nn.functional.cross_entropy(logits, block[1:], ignore_index=padding)
+            means.append(loss.item())
+    return math.exp(sum(means) / len(means))
 
 
 def continuation(model: Any, tokenizer: Any, prompt: str, *, new_tokens: int = 40) -> str:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .errors import ConfigError
-from .streams import redirected
+from .streams import hushed
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def zero_memory(size: ModelSize, workers: int, nodes: int = 1) -> list[dict[str,
         One row a setting, in GiB per worker on the accelerator and per node on the host.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    with redirected(os.devnull):  # its import tries to compile what it needs none of here
+    with hushed():  # its import tries to compile what it needs none of here
         from deepspeed.runtime.zero.stage3 import (
             estimate_zero3_model_states_mem_needs as zero3,
         )

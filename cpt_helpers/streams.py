@@ -32,5 +32,5 @@ def redirected(path: str | os.PathLike) -> Iterator[None]:
 @contextmanager
 def hushed() -> Iterator[None]:
     """Drops what libraries print in this process while the block runs; errors are still raised."""
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+    with redirected(os.devnull), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         yield

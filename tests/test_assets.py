@@ -35,6 +35,7 @@ def test_blocks_of_the_embedded_model(smollm2: Path, documents: list[str]) -> No
     tokenizer = assets.tokenizer_of(str(smollm2))
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|endoftext|>", 0)
     assert not getattr(tokenizer, "add_bos_token", False)
+    assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id), "separators go unlearnt"
     packed = data.pack(documents, tokenizer, 256)
     text = tokenizer.decode([token for block in packed.blocks for token in block])
     assert text.split("<|endoftext|>")[:-1] == documents[: text.count("<|endoftext|>")]
