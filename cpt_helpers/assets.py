@@ -283,6 +283,7 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     # Without a padding token LLaMA-Factory pads with the separator, and so leaves every separator
     # out of the loss: the model would forget how documents end. This one is in no raw text.
     tokenizer.pad_token = "<|im_end|>"
+    tokenizer.clean_up_tokenization_spaces = False  # decoding is to give back what was encoded
     loaded.config.eos_token_id = loaded.generation_config.eos_token_id = tokenizer.eos_token_id
     loaded.config.bos_token_id = loaded.generation_config.bos_token_id = tokenizer.bos_token_id
     with hushed():  # DeepSpeed's import tells where it runs

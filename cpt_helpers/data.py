@@ -58,6 +58,11 @@ class Corpus:
     fraction: float
     sha256: str
 
+    def as_dict(self) -> dict[str, object]:
+        """What to keep of it in a run's results."""
+        kept = ("source", "documents", "heldout_documents", "duplicates", "sha256")
+        return {"corpus": self.name, **{key: getattr(self, key) for key in kept}}
+
     @property
     def train(self) -> Path:
         return self.folder / "train.jsonl"

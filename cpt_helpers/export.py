@@ -103,6 +103,8 @@ def config_of(model: str | Path) -> Any:
     """
     from transformers import AutoConfig
 
+    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+        raise _unknown_model(model, FileNotFoundError("no config.json in it"))
     try:
         return AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
