@@ -161,6 +161,7 @@ def plot(run: Run, roles: dict[str, str]) -> Figure:
     right.legend(frameon=False)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 
