@@ -5,18 +5,23 @@ from __future__ import annotations
 import argparse
 import sys
 
-from .errors import CptError
+from .errors import CptError, Interrupted
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m cpt_helpers", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="run the six notebooks in order")
-    run.add_argument("--run", default="cpt-cpu", help="the run's name (default: %(default)s)")
-    run.add_argument("--storage", default="", help="shared storage (default: CPT_STORAGE, …)")
-    run.add_argument("--config", default="", help="a recipe of train-configs/, or a path")
-    run.add_argument("--corpus", default="", help="a built-in name, package:<name>, path or URL")
-    run.add_argument("--overrides", default="", help="LLaMA-Factory keys: '{max_steps: 10}'")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--run", default="cpt-cpu", help="the run's name (default: %(default)s)")
+    common.add_argument("--storage", default="", help="shared storage (default: CPT_STORAGE, …)")
+    common.add_argument("--config", default="", help="a recipe of train-configs/, or a path")
+    common.add_argument("--corpus", default="", help="a built-in name, package:<name>, path or URL")
+    common.add_argument("--overrides", default="", help="LLaMA-Factory keys: '{max_steps: 10}'")
+    commands.add_parser("run", parents=[common], help="run the six notebooks in order")
+    train = commands.add_parser("train", parents=[common], help="train, without the notebooks")
+    train.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    train.add_argument("--retries", type=int, default=3, help="restarts after a worker's failure")
+    train.add_argument("--workers", type=int, help="another number of workers, same global batch")
     return top
 
 
@@ -26,10 +31,10 @@ def main(argv: list[str] | None = None) -> int:
     from . import pipeline
 
     try:
-        return pipeline.main(arguments)
+        return {"run": pipeline.main, "train": pipeline.train}[arguments.command](arguments)
     except CptError as error:
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        return 130 if isinstance(error, Interrupted) else 1
 
 
 if __name__ == "__main__":

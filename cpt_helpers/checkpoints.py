@@ -1,20 +1,29 @@
-"""What a run left behind: its checkpoints, its curves, and where its time went."""
+"""A run's checkpoints: written once, with a manifest; listed, verified, picked and pruned.
+
+Ray's layout: ``TorchTrainer_<id>/checkpoint_<number>/checkpoint/`` holds the Hugging Face
+checkpoint with DeepSpeed's shards. ``manifest.json`` beside it names every file with its size and
+sha256 and is written last: without it a checkpoint was never finished.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
-import math
-import statistics
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .errors import CheckpointError
-from .run import Run
+from .run import Run, write_json
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
+MANIFEST = "manifest.json"
+_CHUNK = 2**24  # bytes read at once while a file is hashed
 _KINDS = (
     ("_optim_states.pt", "a rank's ZeRO shard: fp32 weights and the optimizer's two moments"),
     ("_model_states.pt", "a rank's engine state: counters, scheduler, shapes"),
@@ -23,6 +32,8 @@ _KINDS = (
     ("trainer_state.json", "the trainer's step and log"),
     ("training_args.bin", "the trainer's arguments"),
     ("scheduler.pt", "the learning-rate schedule"),
+    ("preprocessor_config.json", "how images become tensors"),
+    ("processor", "the processor of a multimodal model"),
     ("tokenizer", "the tokenizer"),
     ("config.json", "the model's or its generation's configuration"),
     ("zero_to_fp32.py", "DeepSpeed's script that gathers fp32 weights from the shards"),
@@ -35,56 +46,96 @@ class Checkpoint:
     """One checkpoint as Ray keeps it.
 
     Attributes:
-        step: The optimizer step it was written after.
+        step: The optimizer step it was written after; 0 where nothing in it says.
         path: ``TorchTrainer_*/checkpoint_<number>``; the Hugging Face checkpoint is inside.
-        bytes: Size of all its files.
-        losses: Held-out losses at that step, by dataset; empty where none were measured.
+        bytes: Size of all its files, the manifest apart.
+        losses: Held-out losses measured at that step, by dataset.
+        world_size: Ranks that wrote it.
+        broken: Why it cannot be used; empty where it is whole.
     """
 
     step: int
     path: Path
     bytes: int
     losses: dict[str, float]
+    world_size: int
+    broken: str = ""
+
+    @property
+    def whole(self) -> bool:
+        return not self.broken
 
     @property
     def model(self) -> Path:
         """The Hugging Face checkpoint: weights, tokenizer, trainer state, ZeRO shards."""
         return self.path / "checkpoint"
 
+    def handle(self) -> dict[str, Any]:
+        """What a worker has to know to take it up, in plain values."""
+        return {"path": str(self.path), "step": self.step, "world_size": self.world_size}
+
     def files(self) -> list[dict[str, Any]]:
-        """Its files, largest first: name, bytes, and what each is."""
-        files = sorted(self.model.rglob("*"), key=lambda p: -p.stat().st_size)
+        """Its files, largest first: name, size, and what each is."""
+        files = [p for p in self.model.rglob("*") if p.is_file()]
         return [
-            {"file": str(p.relative_to(self.model)), "MB": _mb(p), "what": _kind(p.name)}
-            for p in files
-            if p.is_file()
+            {
+                "file": str(p.relative_to(self.model)),
+                "MB": round(p.stat().st_size / 1e6, 2),
+                "what": next((what for mark, what in _KINDS if mark in p.name), ""),
+            }
+            for p in sorted(files, key=lambda p: -p.stat().st_size)
         ]
 
 
-def listing(run: Run) -> list[Checkpoint]:
-    """The run's whole checkpoints, in the order of their steps."""
-    losses: dict[int, dict[str, float]] = {}
-    for event in run.events():
-        if event["event"] == "eval":
-            losses.setdefault(event["step"], {})[event["dataset"]] = event["loss"]
-    found = {}
-    for path in sorted(run.folder.glob("TorchTrainer_*/checkpoint_*")):
-        state = path / "checkpoint" / "trainer_state.json"
-        if not _is_whole(path):
-            continue
-        step = json.loads(state.read_text("utf-8"))["global_step"]
-        size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
-        found[step] = Checkpoint(step, path, size, losses.get(step, {}))
-    return [found[step] for step in sorted(found)]
+def listing(run: Run, *, deep: bool = True) -> list[Checkpoint]:
+    """Every checkpoint of a run, whole or broken, in the order of their steps.
+
+    Args:
+        run: Whose.
+        deep: Compare each file's sha256 as well, not only its size. Files are streamed, not loaded.
+    """
+    paths = sorted(run.folder.glob("TorchTrainer_*/checkpoint_*"), key=_age)
+    return sorted((_read(path, deep=deep) for path in paths), key=lambda c: c.step)
 
 
-def latest(run: Run) -> Checkpoint | None:
-    """The newest whole checkpoint; ``None`` where there is none."""
-    return (listing(run) or [None])[-1]
+def latest(run: Run, say: Callable[[str], Any] = print) -> Checkpoint | None:
+    """The newest whole checkpoint, every byte of it compared with its manifest.
+
+    Args:
+        run: Whose.
+        say: Is told which newer ones were passed over, and why.
+
+    Returns:
+        ``None`` where no checkpoint was ever finished.
+
+    Raises:
+        CheckpointError: Some were finished, and none of them is whole any more.
+    """
+    found = listing(run, deep=False)
+    passed: list[Checkpoint] = []
+    for checkpoint in reversed(found):
+        checked = _read(checkpoint.path, deep=True) if checkpoint.whole else checkpoint
+        if checked.whole:
+            for other in reversed(passed):
+                say(f"passed over {_name(run, other)}, step {other.step or '?'}: {other.broken}")
+            return checked
+        passed.append(checked)
+    finished = any(event["event"] == "save" for event in run.events())
+    if passed and (finished or any((c.path / MANIFEST).is_file() for c in passed)):
+        raise CheckpointError(
+            f"none of the checkpoints of the run '{run.name}' is whole",
+            where="\n".join(f"{_name(run, c)}: {c.broken}" for c in reversed(passed)),
+            expected="one whose files are what its manifest says",
+            do="bring the files back from a copy, or train anew under another RUN_NAME; "
+            "nothing was deleted",
+        )
+    for other in reversed(passed):
+        say(f"passed over {_name(run, other)}: {other.broken}")
+    return None
 
 
 def pick(run: Run, which: str, held_out: str | None) -> Checkpoint:
-    """The last checkpoint, or the best by held-out loss.
+    """The last whole checkpoint, or the best by held-out loss.
 
     Args:
         run: Whose.
@@ -94,125 +145,294 @@ def pick(run: Run, which: str, held_out: str | None) -> Checkpoint:
     Raises:
         CheckpointError: There is none.
     """
-    found = listing(run)
+    if which not in ("last", "best"):
+        raise CheckpointError(f"checkpoint {which!r}", expected="'last' or 'best'")
+    found = [c for c in listing(run, deep=False) if c.whole]
+    measured = [c for c in found if held_out in c.losses]
+    if which == "best" and measured:
+        found = [min(measured, key=lambda c: c.losses[held_out])]
     if not found:
         raise CheckpointError(
             f"the run '{run.name}' has no whole checkpoint",
             where=run.folder / "TorchTrainer_*",
             do="run notebook 04_train for it",
         )
-    if which == "last":
-        return found[-1]
-    if which != "best":
-        raise CheckpointError(f"checkpoint {which!r}", expected="'last' or 'best'")
-    measured = [c for c in found if held_out in c.losses]
-    return min(measured, key=lambda c: c.losses[held_out]) if measured else found[-1]
-
-
-def perplexities(run: Run, roles: dict[str, str]) -> dict[str, dict[str, float]]:
-    """Held-out perplexity before the first and after the last step, by role.
-
-    Args:
-        run: Whose.
-        roles: ``{"domain": <dataset>, "general": <dataset>}``.
-    """
-    found: dict[str, dict[str, float]] = {}
-    for role, dataset in roles.items():
-        curve = [(s, math.exp(loss)) for s, loss in held_out_curve(run, dataset)]
-        if len(curve) > 1:
-            found[role] = {"before": round(curve[0][1], 3), "after": round(curve[-1][1], 3)}
-    return found
-
-
-def held_out_curve(run: Run, dataset: str) -> list[tuple[int, float]]:
-    """Step and loss of every measurement of one held-out dataset."""
-    return [
-        (event["step"], event["loss"])
-        for event in run.events()
-        if event["event"] == "eval" and event["dataset"] == dataset
-    ]
-
-
-def plot(run: Run, roles: dict[str, str]) -> Figure:
-    """Training loss by step, and held-out perplexity beside it."""
-    import matplotlib.pyplot as plt
-
-    steps = [event for event in run.events() if event["event"] == "step"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    x = [event["step"] for event in steps]
-    y = [event["loss"] for event in steps]
-    left.plot(x, y, color="tab:blue", alpha=0.35, linewidth=1, label="a step")
-    window = max(len(y) // 8, 1)
-    smooth = [statistics.mean(y[max(i - window, 0) : i + window + 1]) for i in range(len(y))]
-    left.plot(x, smooth, color="tab:blue", linewidth=2, label=f"mean over {2 * window + 1}")
-    left.set(xlabel="step", ylabel="training loss", title="What it is trained on")
-    left.legend(frameon=False)
-    for (role, dataset), colour in zip(roles.items(), ("tab:green", "tab:gray"), strict=False):
-        curve = held_out_curve(run, dataset)
-        values = [math.exp(loss) for _, loss in curve]
-        right.plot([s for s, _ in curve], values, "o-", color=colour, label=f"{role}: {dataset}")
-        for (step, _), value in zip(curve, values, strict=True):
-            right.annotate(
-                f"{value:.1f}", (step, value), (0, 6), textcoords="offset points", ha="center"
-            )
-    right.set(xlabel="step", ylabel="perplexity", title="What it has never seen")
-    right.margins(y=0.18)
-    right.set_ylim(bottom=0)
-    right.legend(frameon=False)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    return figure
-
-
-def time_spent(run: Run) -> dict[str, float]:
-    """Where the wall clock went, in seconds: start-up, steps, evaluation, checkpoints, the rest."""
-    events = run.events()
-    launched = json.loads((run.logs / "launched.json").read_text("utf-8"))["launched"][-1]
-    by = {kind: [e for e in events if e["event"] == kind] for kind in ("step", "eval", "save")}
-    done = [0] + [e["step"] for e in by["step"]]
-    starts = [e for e in events if e["event"] == "start"]
-    parts = {
-        "start-up": starts[-1]["time"] - launched,
-        "steps": sum(
-            e["seconds"] * (e["step"] - before)
-            for e, before in zip(by["step"], done, strict=False)
-            if e["time"] >= launched
-        ),
-        "evaluation": sum(e["seconds"] for e in by["eval"] if e["time"] >= launched),
-        "checkpoints": sum(e["seconds"] for e in by["save"] if e["time"] >= launched),
-    }
-    rest = events[-1]["time"] - launched - sum(parts.values())
-    return {what: round(seconds, 1) for what, seconds in (parts | {"other": max(rest, 0)}).items()}
-
-
-def save_figure(run: Run, figure: Figure, name: str) -> Path:
-    """Keeps a figure in the run, as ``figures/<name>.png``."""
-    run.figures.mkdir(parents=True, exist_ok=True)
-    path = run.figures / f"{name}.png"
-    figure.savefig(path, dpi=130)
-    return path
+    picked = _read(found[-1].path, deep=True)
+    if picked.broken:
+        raise CheckpointError(
+            f"the {which} checkpoint is broken: {picked.broken}",
+            where=picked.path,
+            expected="files that are what its manifest says",
+            do="bring the file back, or take the other of 'last' and 'best'",
+        )
+    return picked
 
 
 def ranks_with_shards(checkpoint: Checkpoint) -> list[int]:
     """The ranks whose ZeRO shard is in a checkpoint."""
     names = (p.name for p in checkpoint.model.rglob("*_optim_states.pt"))
-    return sorted({int(name.split("pp_rank_")[1].split("_")[0]) for name in names})
+    return sorted({_owner(name) for name in names})
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether every rank's files are there: the trainer's state, and as many shards as ranks."""
-    inside = path / "checkpoint"
-    if not (inside / "trainer_state.json").is_file():
-        return False
-    random_states = len(list(inside.glob("rng_state_*.pth"))) or 1
-    shards = len(list(inside.rglob("*_optim_states.pt")))
-    return shards in (0, random_states)
+def move_own(written: Path, target: Path, rank: int) -> dict[str, dict[str, Any]]:
+    """Moves one rank's files of a checkpoint to the storage, each of them once.
+
+    A rank's own are its ZeRO shards and its random state; all the rest is rank 0's. On the same
+    file system nothing is copied; from a node's own disk it is, and the source goes afterwards.
+
+    Args:
+        written: ``output/checkpoint-<step>``, as the trainer wrote it; shared or the node's own.
+        target: ``…/checkpoint_<number>/checkpoint`` on the storage.
+        rank: The global rank.
+
+    Returns:
+        Each file's ``bytes`` and ``sha256`` by its path inside the checkpoint's folder.
+    """
+    moved = {}
+    for source in sorted(path for path in written.rglob("*") if path.is_file()):
+        if _owner(source.name) != rank:
+            continue
+        name = source.relative_to(written)
+        place = target / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            source.replace(place)
+            digest = _sha256(place)
+        except OSError as error:
+            if "cross-device" not in str(error).lower():
+                raise
+            digest = _sha256(source, copy_to=place)
+            source.unlink()
+        moved[f"{target.name}/{name}"] = {"bytes": place.stat().st_size, "sha256": digest}
+    return moved
 
 
-def _kind(name: str) -> str:
-    return next((what for mark, what in _KINDS if mark in name), "")
+def write_manifest(
+    path: Path,
+    step: int,
+    world_size: int,
+    files: dict[str, dict[str, Any]],
+    losses: dict[str, float],
+) -> int:
+    """Declares a checkpoint finished.
+
+    Returns:
+        Bytes of its files.
+    """
+    import importlib.metadata
+
+    from .environment import CORE
+
+    manifest = {
+        "step": step,
+        "world_size": world_size,
+        "losses": losses,
+        "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": {name: importlib.metadata.version(name) for name in CORE},
+        "files": dict(sorted(files.items())),
+    }
+    write_json(path / MANIFEST, manifest)
+    return sum(file["bytes"] for file in files.values())
 
 
-def _mb(path: Path) -> float:
-    return round(path.stat().st_size / 1e6, 2)
+def prune(run: Run, keep: int | None, held_out: str | None) -> list[int]:
+    """Removes all but the last checkpoints and the best, and what crashes left half-written.
+
+    Must not run while a checkpoint is being written.
+
+    Args:
+        run: Whose.
+        keep: How many of the last; ``None`` keeps all.
+        held_out: The best has the lowest loss on this dataset.
+
+    Returns:
+        The steps whose checkpoints went.
+    """
+    found = listing(run, deep=False)
+    finished = [c for c in found if (c.path / MANIFEST).is_file()]
+    unfinished = [c for c in found if c not in finished]
+    gone = []
+    if finished:
+        for checkpoint in unfinished:
+            remove(checkpoint.path)
+    if keep:
+        measured = [c for c in finished if c.whole and held_out in c.losses]
+        best = min(measured, key=lambda c: c.losses[held_out], default=None)
+        for checkpoint in finished[:-keep]:
+            if checkpoint != best:
+                remove(checkpoint.path)
+                gone.append(checkpoint.step)
+    return gone
+
+
+def remove(path: Path) -> None:
+    """Removes a checkpoint, its manifest first: cut short, it counts as unfinished."""
+    (path / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def clear(path: Path) -> None:
+    """Makes room for a checkpoint where a crash left one that was never finished.
+
+    Raises:
+        CheckpointError: A finished one is there.
+    """
+    if (path / MANIFEST).exists():
+        raise CheckpointError(
+            "a checkpoint would be written over a finished one",
+            where=path,
+            do="report this: Ray counts its checkpoints otherwise than it used to",
+        )
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def universal(run: Run, checkpoint: Checkpoint, world_size: int) -> Path:
+    """A checkpoint in DeepSpeed's universal form, for another number of ranks than wrote it.
+
+    DeepSpeed 0.16.9 converts ZeRO-3 shards whose optimizer is one flat group per rank.
+
+    Args:
+        run: Whose; the result lies in ``<run>/universal/``.
+        checkpoint: A whole ZeRO-3 checkpoint.
+        world_size: Ranks that will load it.
+
+    Returns:
+        A folder to resume from, with ``"checkpoint": {"load_universal": true}``.
+
+    Raises:
+        CheckpointError: It cannot be converted; with the reason.
+    """
+    import subprocess
+    import sys
+
+    shards = next(checkpoint.model.glob("global_step*"))
+    _require_convertible(checkpoint, shards, world_size)
+    folder = universal_folder(run, checkpoint.step, world_size)
+    if (folder / "latest_universal").is_file():
+        return folder
+    shutil.rmtree(folder.parent, ignore_errors=True)
+    part = folder.with_name(f".{folder.name}")
+    part.mkdir(parents=True)
+    converted = part / f"{shards.name}_universal"
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+    command += ["--input_folder", str(shards), "--output_folder", str(converted)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode or not (part / "latest_universal").is_file():
+        last = (done.stderr.strip().splitlines() or ["no reason was given"])[-1]
+        raise CheckpointError(
+            f"DeepSpeed could not convert the checkpoint of step {checkpoint.step}: {last}",
+            where=shards,
+            do=f"resume with ray_num_workers: {checkpoint.world_size}",
+        )
+    states = "zero_pp_rank_{}_mp_rank_00_model_states.pt"
+    for rank in range(checkpoint.world_size, world_size):  # counters and schedule, alike in all
+        shutil.copyfile(converted / states.format(0), converted / states.format(rank))
+    for file in checkpoint.model.iterdir():
+        if file.is_file() and not file.name.startswith("rng_state"):
+            shutil.copyfile(file, part / file.name)
+    part.rename(folder)
+    return folder
+
+
+def universal_folder(run: Run, step: int, world_size: int) -> Path:
+    """Where a checkpoint lies that was converted for another number of ranks."""
+    return run.folder / "universal" / f"step-{step}-for-{world_size}"
+
+
+def _require_convertible(checkpoint: Checkpoint, shards: Path, world_size: int) -> None:
+    import torch
+
+    reason = ""
+    optimizers = sorted(shards.glob("*_optim_states.pt"))
+    if (checkpoint.model / "adapter_config.json").is_file():
+        reason = "it is a LoRA's, and DeepSpeed converts whole models only"
+    else:
+        state = torch.load(optimizers[0], map_location="cpu", mmap=True, weights_only=False)
+        state = state["optimizer_state_dict"]
+        stage, groups = state.get("zero_stage"), state.get("fp32_flat_groups", ())
+        if stage != 3:
+            reason = f"it is of ZeRO stage {stage}, and only stage 3 was tried"
+        elif len(groups) != 1:
+            reason = f"its optimizer has {len(groups)} groups, and DeepSpeed converts the first"
+    if reason:
+        raise CheckpointError(
+            f"the checkpoint of step {checkpoint.step} was written by {checkpoint.world_size} "
+            f"workers and cannot be taken up by {world_size}: {reason}",
+            where=checkpoint.path,
+            do=f"resume with ray_num_workers: {checkpoint.world_size}, or begin a new run from "
+            f"its weights: OVERRIDES = {{'model_name_or_path': '{checkpoint.model}'}}",
+        )
+
+
+def _read(path: Path, *, deep: bool) -> Checkpoint:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
+        files, step = manifest["files"], int(manifest["step"])
+        losses, world_size = manifest["losses"], int(manifest["world_size"])
+    except FileNotFoundError:
+        reason = "it has no manifest: it was never finished, or that file was removed"
+        return _unreadable(path, reason)
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError, OSError) as error:
+        return _unreadable(path, f"its manifest cannot be read: {error}")
+    size = sum(file["bytes"] for file in files.values())
+    return Checkpoint(step, path, size, losses, world_size, _fault(path, files, deep=deep))
+
+
+def _fault(path: Path, files: dict[str, dict[str, Any]], *, deep: bool) -> str:
+    """What is wrong with a checkpoint's files: missing ones first, then sizes, then contents."""
+    for name, file in files.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        size = (path / name).stat().st_size
+        if size != file["bytes"]:
+            return f"{name} has {size:,} bytes, not the {file['bytes']:,} that were written"
+    for name, file in files.items() if deep else ():
+        try:
+            same = _sha256(path / name) == file["sha256"]
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+        if not same:
+            return f"{name} is not what was written: its sha256 differs"
+    return ""
+
+
+def _unreadable(path: Path, reason: str) -> Checkpoint:
+    step = 0
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        state = (path / "checkpoint" / "trainer_state.json").read_text("utf-8")
+        step = int(json.loads(state)["global_step"])
+    if not step:
+        for shards in path.glob("checkpoint/global_step*"):
+            step = int(re.sub(r"\D", "", shards.name) or 0)
+    size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file() and p.name != MANIFEST)
+    return Checkpoint(step, path, size, {}, 0, reason)
+
+
+def _owner(name: str) -> int:
+    """The rank that hands a file over: its number where the name has one, else rank 0."""
+    named = re.match(r"rng_state_(\d+)\.pth$", name) or re.search(r"pp_rank_(\d+)_", name)
+    return int(named[1]) if named else 0
+
+
+def _sha256(path: Path, copy_to: Path | None = None) -> str:
+    digest = hashlib.sha256()
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(path.open("rb", buffering=0))
+        target = stack.enter_context(copy_to.open("wb")) if copy_to else None
+        while chunk := source.read(_CHUNK):
+            digest.update(chunk)
+            if target:
+                target.write(chunk)
+        if target:
+            target.flush()
+            os.fsync(target.fileno())
+    return digest.hexdigest()
+
+
+def _age(path: Path) -> tuple[str, str]:
+    """Older attempts first: each has a folder of its own, named by its start, and counts from 0."""
+    return path.parent.name[-19:], path.name
+
+
+def _name(run: Run, checkpoint: Checkpoint) -> str:
+    return str(checkpoint.path.relative_to(run.folder))

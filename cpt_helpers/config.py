@@ -20,6 +20,17 @@ from .run import PROJECT, Run
 RECIPES = PROJECT / "train-configs"
 DEEPSPEED_CONFIGS = PROJECT / "deepspeed-configs"
 _STORAGE_PREFIXES = ("/mnt/cluster_storage", "cluster_storage")
+# What may differ when a run is taken up again: where and how it runs, not what it learns. The sizes
+# of a batch may as long as their product stays.
+MAY_CHANGE = frozenset(
+    {
+        "ray_num_workers", "per_device_train_batch_size", "gradient_accumulation_steps",
+        "resources_per_worker", "placement_strategy", "ray_init_kwargs", "ddp_timeout",
+        "save_steps", "save_total_limit", "eval_steps", "per_device_eval_batch_size",
+        "report_to", "plot_loss", "preprocessing_num_workers", "dataloader_num_workers",
+        "overwrite_cache", "disable_gradient_checkpointing", "include_num_input_tokens_seen",
+    }
+)  # fmt: skip
 _OWN_BY_RUN = ("output_dir", "ray_run_name", "ray_storage_path", "run_name")
 
 
@@ -171,22 +182,63 @@ def write(run: Run, resolved: Resolved) -> Path:
     )
     if run.state != "new" and run.train_yaml.is_file():
         before = yaml.safe_load(run.train_yaml.read_text("utf-8"))
-        keys = sorted(before.keys() | args.keys())
-        changed = [key for key in keys if before.get(key) != args.get(key)]
-        if changed:
-            raise RunExistsError(
-                f"the run '{run.name}' has been trained with other settings: "
-                + ", ".join(f"{k} was {before.get(k)!r}, is {args.get(k)!r}" for k in changed[:5]),
-                where=run.train_yaml,
-                expected="the same settings, or a new run",
-                do="choose another RUN_NAME, or move that folder away; nothing was changed",
-            )
-        return run.train_yaml
+        if before == args:
+            return run.train_yaml
+        _refuse_other_training(run, before, args)
     run.config_dir.mkdir(parents=True, exist_ok=True)
     if resolved.deepspeed:
         shutil.copyfile(resolved.deepspeed, run.config_dir / resolved.deepspeed.name)
     run.train_yaml.write_text(text, "utf-8")
     return run.train_yaml
+
+
+def global_batch(args: dict[str, Any]) -> int:
+    """Blocks of one optimizer step, over all workers."""
+    micro = args.get("per_device_train_batch_size", 8)
+    return micro * args.get("gradient_accumulation_steps", 1) * args.get("ray_num_workers", 1)
+
+
+def with_workers(args: dict[str, Any], workers: int | None) -> dict[str, Any]:
+    """A recipe for another number of workers and the same global batch, by its accumulation.
+
+    Raises:
+        ConfigError: The global batch cannot be divided so.
+    """
+    if not workers or workers == args.get("ray_num_workers", 1):
+        return args
+    micro, batch = args.get("per_device_train_batch_size", 8), global_batch(args)
+    fitting = [m for m in range(micro, 0, -1) if batch % (m * workers) == 0]
+    if workers < 0 or not fitting:
+        divisors = [n for n in range(1, batch + 1) if batch % n == 0]
+        raise ConfigError(
+            f"{workers} workers cannot share a step of {batch} blocks",
+            where="ray_num_workers",
+            expected=f"a divisor of the global batch: {', '.join(map(str, divisors[:12]))}",
+            do="choose one of these; another global batch would be another training",
+        )
+    return args | {
+        "ray_num_workers": workers,
+        "per_device_train_batch_size": fitting[0],
+        "gradient_accumulation_steps": batch // (fitting[0] * workers),
+    }
+
+
+def _refuse_other_training(run: Run, before: dict[str, Any], args: dict[str, Any]) -> None:
+    """What has begun to train is taken up with the same steps, data and global batch, or not."""
+    keys = sorted(before.keys() | args.keys())
+    changed = {k: (before.get(k), args.get(k)) for k in keys if before.get(k) != args.get(k)}
+    refused = {k: v for k, v in changed.items() if k not in MAY_CHANGE or run.state == "complete"}
+    if global_batch(before) != global_batch(args):
+        refused["the global batch"] = (global_batch(before), global_batch(args))
+    if not refused:
+        return
+    raise RunExistsError(
+        f"the run '{run.name}' has been trained with other settings: "
+        + ", ".join(f"{k} was {old!r}, is {new!r}" for k, (old, new) in refused.items()),
+        where=run.train_yaml,
+        expected="the same training (the workers may be others, and what is saved), or a new run",
+        do="choose another RUN_NAME, or move that folder away; nothing was changed",
+    )
 
 
 def load(run: Run) -> dict[str, Any]:
@@ -336,6 +388,21 @@ def _refuse_secrets(args: dict[str, Any], path: Path) -> None:
 
 
 def _check_numbers(args: dict[str, Any], path: Path) -> None:
+    timeout = args.get("ddp_timeout", 1800)
+    if not isinstance(timeout, int) or not 10 <= timeout <= 86400:
+        raise ConfigError(
+            f"ddp_timeout: {timeout!r}",
+            where=f"{path}{_line_of(path, 'ddp_timeout')}",
+            expected="seconds that a worker may keep the others waiting, 10 to 86,400 (a day)",
+            do="minutes, such as 1800: with years a hung run is never noticed, and always paid for",
+        )
+    if args.get("load_best_model_at_end"):
+        raise ConfigError(
+            "load_best_model_at_end looks for checkpoints in output_dir, and they are on the "
+            "storage",
+            where=f"{path}{_line_of(path, 'load_best_model_at_end')}",
+            do="leave it out: the best checkpoint is kept, and step 6 exports it",
+        )
     for key, least in (
         ("cutoff_len", 2),
         ("ray_num_workers", 1),

@@ -70,6 +70,10 @@ class TrainingError(CptError):
     """Training that ended in a worker's failure."""
 
 
+class Interrupted(TrainingError):
+    """Training that was stopped by hand; it can go on."""
+
+
 class CheckpointError(CptError):
     """A checkpoint that is missing or cannot be used."""
 

@@ -1,7 +1,7 @@
 """The driver's side of a training: place it on the cluster, follow it, and say what went wrong.
 
 LLaMA-Factory 0.9.3 builds its own ``TorchTrainer`` for GPUs only, without a failure policy; this
-one places the same training function on GPUs or CPUs.
+one places the same training function on GPUs or CPUs and has Ray restart it when a worker dies.
 """
 
 from __future__ import annotations
@@ -9,26 +9,44 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import statistics
 import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from . import checkpoints, environment, show, tracking
-from .errors import TrainingError
+from . import checkpoints, config, environment, planning, show, tracking
+from .errors import CptError, Interrupted, StorageError, TrainingError
 from .run import Run
 
-# Said by libraries on the way down; what they wrap is what the reader needs.
-_WRAPPERS = ("ray.", "torch.distributed.elastic", "concurrent.futures")
+RETRIES = 3  # restarts after a failure, by default
+# What a rank says when another one is gone: no cause, but its consequence.
+_CONSEQUENCES = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "DistBackendError",
+    "DistNetworkError",
+    "gloo",
+    "NCCL",
+    "Timed out",
+)
+_TIMED_OUT = ("Timed out", "timed out", "Timeout(ms)", "Watchdog caught collective")
+_FULL = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing")
 
 
-def train(run: Run, args: dict[str, Any]) -> dict[str, Any]:
+def train(
+    run: Run, args: dict[str, Any], *, retries: int = RETRIES, workers: int | None = None
+) -> dict[str, Any]:
     """Trains a run to its end, or takes up one that was interrupted; a finished one is left alone.
 
     Args:
         run: Whose storage, logs and events are used.
         args: The resolved recipe (``config.load(run)``).
+        retries: How often a training whose workers died is restarted, from the newest whole
+            checkpoint.
+        workers: Another number of workers than the recipe's, with the same global batch.
 
     Returns:
         ``steps``, ``tokens``, ``tokens_per_second`` (median over steady steps), ``seconds`` (from
@@ -36,23 +54,35 @@ def train(run: Run, args: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         UnreadyError: The workers cannot be placed.
-        TrainingError: A worker failed; with its own last lines and its log's path.
+        StorageError: The storage has too little room for the run.
+        CheckpointError: No checkpoint is whole, or not for this number of workers.
+        RunExistsError: Another process is training this run.
+        TrainingError: Workers failed more often than ``retries``, or would fail again; with a
+            worker's own last lines and its log's path.
+        Interrupted: Stopped by hand.
     """
     if run.state == "complete":
         print(f"the run '{run.name}' is trained: nothing to do, {run.folder} is as it was")
         return summary(run)
-    resumed = checkpoints.latest(run)
-    if run.state == "started":
-        at = f"from step {resumed.step}, {resumed.path}" if resumed else "from its start"
-        print(f"the run '{run.name}' was interrupted: it goes on {at}")
-    with environment.cluster() as ray:
-        each = {kind: float(n) for kind, n in _resources(args).items()}
-        environment.require_workers(ray, args.get("ray_num_workers", 1), each)
-        run.logs.mkdir(parents=True, exist_ok=True)
-        launched = time.time()
-        _note(run, launched)
-        with show.follow(run):
-            _fit(run, args, resumed)
+    args = config.with_workers(args, workers)
+    with run.held():
+        resumed = checkpoints.latest(run)
+        if run.state == "started" or resumed:
+            at = f"from step {resumed.step}, {resumed.path}" if resumed else "from its start"
+            print(f"the run '{run.name}' was interrupted: it goes on {at}")
+        _require_room(run, args, resumed)
+        world_size = args.get("ray_num_workers", 1)
+        if resumed and args.get("deepspeed") and resumed.world_size != world_size:
+            print(f"its checkpoint is converted from {resumed.world_size} to {world_size} workers")
+            checkpoints.universal(run, resumed, world_size)
+        with environment.cluster() as ray:
+            each = {kind: float(n) for kind, n in _resources(args).items()}
+            environment.require_workers(ray, world_size, each)
+            run.logs.mkdir(parents=True, exist_ok=True)
+            attempts = _Attempts(run, retries, time.time())
+            with show.follow(run, attempts.began), tracking.mirrored(run, args):
+                _fit(run, args, resumed, attempts)
+        shutil.rmtree(run.folder / "universal", ignore_errors=True)
     return summary(run)
 
 
@@ -69,29 +99,26 @@ def summary(run: Run) -> dict[str, Any]:
             where=run.metrics,
             do="run notebook 04_train for it: it goes on where it stopped",
         )
-    start = next(event for event in events if event["event"] == "start")
+    starts = [event for event in events if event["event"] == "start"]
     end = events[-1]
     launched = json.loads((run.logs / "launched.json").read_text())["launched"]
     steps = [event for event in events if event["event"] == "step"]
-    tokens = start["tokens_per_step"]
+    tokens = starts[-1]["tokens_per_step"]
+    first = steps[0]["time"] - steps[0]["seconds"] * steps[0]["step"]
     return {
         "steps": end["step"],
         "tokens": end["step"] * tokens,
         "tokens_per_second": round(tokens / statistics.median(s["seconds"] for s in steps), 1),
         "seconds": round(end["time"] - launched[0], 1),
-        "seconds_to_first_step": round(
-            steps[0]["time"]
-            - steps[0]["seconds"] * (steps[0]["step"] - start["step"])
-            - launched[0],
-            1,
-        ),
-        "workers": start["world_size"],
-        "zero_stage": start["zero_stage"],
-        "optimizer": start["optimizer"],
-        "parameters": start["parameters"],
+        "seconds_to_first_step": round(first - max(t for t in launched if t < first), 1),
+        "workers": starts[-1]["world_size"],
+        "zero_stage": starts[-1]["zero_stage"],
+        "optimizer": starts[-1]["optimizer"],
+        "parameters": starts[-1]["parameters"],
         "first_loss": steps[0]["loss"],
         "last_loss": steps[-1]["loss"],
         "launches": len(launched),
+        "starts": len(starts),
     }
 
 
@@ -99,10 +126,36 @@ def _resources(args: dict[str, Any]) -> dict[str, float]:
     return args.get("resources_per_worker") or {"GPU": 1}
 
 
-def _fit(run: Run, args: dict[str, Any], resumed: checkpoints.Checkpoint | None) -> None:
+def _require_room(run: Run, args: dict[str, Any], resumed: checkpoints.Checkpoint | None) -> None:
+    """Refuses a run whose checkpoints would fill the storage; what is there already is counted."""
+    need = _disk_gib(run, args)
+    have = sum(c.bytes for c in checkpoints.listing(run, deep=False)) / 2**30 if resumed else 0.0
+    environment.require_room(run.storage, max(need - have, 0.0))
+
+
+def _disk_gib(run: Run, args: dict[str, Any]) -> float:
+    """The plan's figure; where the run was not planned, the checkpoints it must hold at once."""
+    plan = run.results().get("plan", {})
+    if "disk_gib" in plan:
+        return plan["disk_gib"]
+    from .export import config_of
+
+    size = planning.model_size(config_of(args["model_name_or_path"]), "", args)
+    steps = max(args.get("max_steps", -1), 1)
+    return planning.disk(args, size, steps).total
+
+
+def _fit(
+    run: Run,
+    args: dict[str, Any],
+    resumed: checkpoints.Checkpoint | None,
+    attempts: _Attempts,
+) -> None:
     os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    from ray.train import Checkpoint, RunConfig, ScalingConfig
+    # Tune would catch Ctrl-C, wait for the training to notice, and call it finished.
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.base_trainer import TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -114,9 +167,10 @@ def _fit(run: Run, args: dict[str, Any], resumed: checkpoints.Checkpoint | None)
         train_loop,
         train_loop_config={
             "args": args,
-            "metrics": str(run.metrics),
-            "logs": str(run.logs),
-            "variables": run.name,
+            "run": run.name,
+            "storage": str(run.storage),
+            "launched": attempts.began[0],
+            "resume": resumed.handle() if resumed else None,
         },
         scaling_config=ScalingConfig(
             num_workers=args.get("ray_num_workers", 1),
@@ -128,14 +182,68 @@ def _fit(run: Run, args: dict[str, Any], resumed: checkpoints.Checkpoint | None)
         torch_config=TorchConfig(
             backend="nccl" if on_gpu else "gloo", timeout_s=args.get("ddp_timeout", 1800)
         ),
-        run_config=RunConfig(name=run.name, storage_path=str(run.storage), verbose=0),
-        resume_from_checkpoint=Checkpoint(resumed.path) if resumed else None,
+        run_config=RunConfig(
+            name=run.name,
+            storage_path=str(run.storage),
+            failure_config=FailureConfig(max_failures=attempts.retries),
+            callbacks=[_tune_callback(attempts)],
+            verbose=0,
+        ),
     )
     try:
         with _quiet(), tracking.variables_for_workers(run, args):
             trainer.fit()
+    except KeyboardInterrupt:
+        done = [event["step"] for event in run.events() if event["event"] == "step"]
+        raise Interrupted(
+            f"the training of '{run.name}' was stopped by hand at step {max(done, default=0)}",
+            where=run.folder,
+            do="the same command goes on from the newest checkpoint",
+        ) from None
+    except CptError:
+        raise
     except (TrainingFailedError, RuntimeError, ValueError) as error:
-        raise _readable(run, error) from None
+        raise _readable(run, str(error), attempts) from None
+
+
+class _Attempts:
+    """How often a training was begun, when, and whether to begin it once more."""
+
+    def __init__(self, run: Run, retries: int, launched: float) -> None:
+        self.run, self.retries = run, retries
+        self.began = [launched]  # the launch, then each restart
+        path = run.logs / "launched.json"
+        before = json.loads(path.read_text())["launched"] if path.is_file() else []
+        path.write_text(json.dumps({"launched": [*before, launched]}))
+
+    def failed(self) -> None:
+        """Called when Ray is about to restart the workers.
+
+        Raises:
+            TrainingError: They would only fail again.
+        """
+        trained = any(
+            event["event"] == "start" and event["time"] >= self.began[-1]
+            for event in self.run.events()
+        )
+        cause = _cause(self.run, self.began[-1])
+        if cause.full or (cause.reason and not trained):
+            raise _readable(self.run, "", self)
+        show.say(
+            f"{cause.sentence}; restart {len(self.began)} of {self.retries} "
+            "from the newest whole checkpoint"
+        )
+        self.began.append(time.time())
+
+
+def _tune_callback(attempts: _Attempts) -> Any:
+    from ray.tune import Callback
+
+    class Restarts(Callback):
+        def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            attempts.failed()
+
+    return Restarts()
 
 
 def evidence(run: Run) -> list[str]:
@@ -172,33 +280,74 @@ def _quiet() -> Any:
             logger.setLevel(level)
 
 
-def _note(run: Run, launched: float) -> None:
-    path = run.logs / "launched.json"
-    before = json.loads(path.read_text())["launched"] if path.is_file() else []
-    path.write_text(json.dumps({"launched": [*before, launched]}))
+class _Cause:
+    """Why an attempt failed, as far as the ranks' logs say.
+
+    Attributes:
+        log: The log of the rank that failed first; ``None`` where no rank began.
+        reason: Its exception; empty where it was killed and the others only noticed.
+        sentence: The same in words.
+        full: The storage had no room left.
+    """
+
+    def __init__(self, logs: list[Path]) -> None:
+        tails = {log: _last_attempt(log) for log in logs}
+        errors = {log: [line for line in tails[log] if _is_exception(line)] for log in logs}
+        causes = {
+            log: lines[-1]
+            for log, lines in errors.items()
+            if lines and not any(mark in lines[-1] for mark in _CONSEQUENCES)
+        }
+        silent = [log for log in logs if not errors[log]]
+        said = "\n".join(line for log in logs for line in tails[log][-60:])
+        # The rank that failed first ended first; the others only lost their connection to it.
+        ended = sorted(causes or silent or logs, key=lambda log: log.stat().st_mtime)
+        self.log = ended[0] if ended else None
+        self.lines = tails[self.log] if self.log else []
+        self.reason = causes.get(self.log, "") if self.log else ""
+        self.full = any(mark in said for mark in _FULL)
+        names = " and ".join(log.stem.replace("-", " ") for log in silent)
+        if self.reason:
+            self.sentence = f"{self.log.stem.replace('-', ' ')} failed: {self.reason}"
+        elif any(mark in said for mark in _TIMED_OUT):
+            self.sentence = "a worker hung: the others waited for it as long as ddp_timeout says"
+        elif silent:
+            self.sentence = f"{names} ended without a word: killed, or out of memory"
+        else:
+            self.sentence = "a worker was lost"
 
 
-def _readable(run: Run, error: Exception) -> TrainingError:
-    """A failed training as one error: the first cause a rank named, its last lines, its log."""
+def _cause(run: Run, since: float) -> _Cause:
     logs = sorted(run.logs.glob("rank-*.log"))
-    tails = {log: _last_attempt(log) for log in logs}
-    failed = [log for log in logs if any(_is_exception(line) for line in tails[log])]
-    # The rank that failed first ended first; the others only lost their connection to it.
-    log = min(failed, key=lambda p: p.stat().st_mtime) if failed else (logs[0] if logs else None)
-    if log is None:
-        reason = _last_line(str(error))
+    return _Cause([log for log in logs if log.stat().st_mtime >= since])
+
+
+def _readable(run: Run, said: str, attempts: _Attempts) -> CptError:
+    """A failed training as one error: the first cause a rank named, its last lines, its log."""
+    cause = _cause(run, attempts.began[-1])
+    if cause.log is None:
         return TrainingError(
-            f"the workers could not be started: {reason}",
+            f"the workers could not be started: {_last_line(said)}",
             where=run.folder,
             do="look at Ray's own logs in /tmp/ray/session_latest/logs on the node that failed",
         )
-    lines = tails[log]
-    causes = [line for line in lines if _is_exception(line)]
-    died = "" if causes else " (it ended without a word: killed, or out of memory)"
-    reason = causes[-1] if causes else _last_line(str(error))
+    where = "\n".join([f"{cause.log}, its last lines:", *cause.lines[-12:]])
+    if cause.full:
+        free = shutil.disk_usage(run.storage).free
+        sizes = [event["bytes"] for event in run.events() if event["event"] == "save"]
+        each = f", a checkpoint takes {sizes[-1] / 2**30:.2f} GiB" if sizes else ""
+        return StorageError(
+            f"the storage ran full while '{run.name}' wrote to it: "
+            f"{free / 2**30:.2f} GiB free{each}",
+            where=where,
+            expected="room for one checkpoint more than save_total_limit keeps",
+            do="make room and give the same command again: it goes on from the newest whole "
+            "checkpoint",
+        )
+    tried = f" ({len(attempts.began)} attempts)" if len(attempts.began) > 1 else ""
     return TrainingError(
-        f"training failed in a worker{died}: {reason}",
-        where="\n".join([f"{log}, its last lines:", *lines[-12:]]),
+        f"training failed in a worker{tried}: {cause.reason or cause.sentence}",
+        where=where,
         do="mend the cause and run this again: it goes on from the newest checkpoint "
         "(a change of the recipe needs a new RUN_NAME)",
     )

@@ -11,10 +11,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import environment, show
-from .errors import ParameterError, StepError
+from . import assets, config, data, environment, launch, show
+from .errors import ParameterError, RunExistsError, StepError
 from .run import PROJECT, STEPS, Run, as_overrides, defining_parameters, refuse_other_settings
 
+DEFAULT_RECIPE = "cpt_cpu.yaml"
 NOTEBOOKS = PROJECT / "notebooks"
 
 
@@ -117,6 +118,38 @@ def main(arguments: Any) -> int:
     print(f"run '{run.name}' in {run.folder}", flush=True)
     run_all(run, parameters)
     print("\n" + summary_table(run))
+    return 0
+
+
+def configure(run: Run, train_config: str, corpus: str, overrides: dict[str, Any]) -> None:
+    """What notebooks 01 to 03 leave for the training, without them: model, corpus, recipe."""
+    assets.obtain(config.model_of(train_config, overrides, run.storage), run.storage)
+    domain = data.prepare(corpus or config.corpus_of(train_config, overrides), run.storage)
+    data.prepare("news", run.storage)
+    config.write(run, config.resolve(run, train_config, overrides, domain.name))
+
+
+def train(arguments: Any) -> int:
+    """``python -m cpt_helpers train``: the training alone, also to take it up again."""
+    run = Run.open(arguments.run, arguments.storage)
+    given = arguments.config or arguments.corpus or arguments.overrides
+    if given or not run.train_yaml.is_file():
+        overrides = as_overrides(arguments.overrides)
+        configure(run, arguments.config or DEFAULT_RECIPE, arguments.corpus, overrides)
+    if run.state == "started" and not arguments.resume:
+        raise RunExistsError(
+            f"the run '{run.name}' was interrupted",
+            where=run.folder,
+            expected="--resume, to go on from its newest checkpoint",
+            do="add --resume, or choose another --run",
+        )
+    trained = launch.train(
+        run, config.load(run), retries=arguments.retries, workers=arguments.workers
+    )
+    print(
+        f"trained: {trained['steps']} steps, {trained['tokens']:,} tokens, "
+        f"loss {trained['first_loss']:.3f} → {trained['last_loss']:.3f}, model in {run.output}"
+    )
     return 0
 
 

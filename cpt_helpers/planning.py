@@ -78,18 +78,43 @@ def plan(args: dict[str, Any], blocks: int, dropped: int) -> Plan:
     )
 
 
-def disk_gib(args: dict[str, Any], plan: Plan, size: ModelSize) -> float:
-    """Room a run takes on the storage: its checkpoints, the final model and the export, in GiB.
+@dataclass(frozen=True)
+class Disk:
+    """Room a run takes on the storage, in GiB.
+
+    Attributes:
+        checkpoint: One checkpoint.
+        kept: Checkpoints there at once: the last ``save_total_limit``, the best, and the one that
+            is written before an older one goes.
+        model: The final model; the export takes as much again.
+        total: All of it.
+    """
+
+    checkpoint: float
+    kept: int
+    model: float
+    total: float
+
+
+def disk(args: dict[str, Any], size: ModelSize, steps: int) -> Disk:
+    """What a resolved recipe will write.
 
     A checkpoint holds 12 bytes a trained parameter (fp32 weight and two moments) and the gathered
-    weights in the precision of the training.
+    weights in the precision of the training; under ZeRO-3 the frozen ones once more in the shards.
     """
-    weights = size.parameters * (2 if args.get("bf16") or args.get("fp16") else 4)
-    shards = 12 * size.parameters if args.get("finetuning_type", "lora") == "full" else 0
+    width = 2 if args.get("bf16") or args.get("fp16") else 4
+    trained = size.trained if size.trained is not None else size.parameters
+    lora = args.get("finetuning_type", "lora") == "lora"
+    weights = width * (trained if lora else size.parameters)
+    frozen = width * (size.parameters - trained) if args.get("deepspeed") else 0
+    states = 0 if args.get("save_only_model") else 12 * trained + frozen
     every = args.get("save_steps", 500)
-    kept = math.ceil(plan.steps / every) if every >= 1 else math.ceil(1 / every)
-    kept = min(kept, args.get("save_total_limit") or kept) + 1  # one is written before one goes
-    return (kept * (weights + shards) + 2 * weights) / 2**30
+    written = math.ceil(steps / every) if every >= 1 else math.ceil(1 / every)
+    limit = args.get("save_total_limit")
+    kept = min(written, limit + 2) if limit else written
+    one, model = (weights + states) / 2**30, weights / 2**30
+    merged = width * size.parameters / 2**30
+    return Disk(round(one, 3), kept, round(model, 3), round(kept * one + model + merged, 3))
 
 
 @dataclass(frozen=True)
@@ -100,15 +125,23 @@ class ModelSize:
         name: The model.
         parameters: All of them, tied ones once.
         largest_layer: Parameters of the largest single module, which ZeRO-3 gathers whole.
+        trained: Those that a recipe trains; ``None`` where no recipe was given.
     """
 
     name: str
     parameters: int
     largest_layer: int
+    trained: int | None = None
 
 
-def model_size(config: Any, name: str) -> ModelSize:
-    """Counts a model's parameters from its configuration, without memory for any of them."""
+def model_size(config: Any, name: str, args: dict[str, Any] | None = None) -> ModelSize:
+    """Counts a model's parameters from its configuration, without memory for any of them.
+
+    Args:
+        config: The model's ``transformers`` configuration.
+        name: What to call it.
+        args: The recipe that says which of them are trained.
+    """
     import torch
     import transformers
 
@@ -119,7 +152,34 @@ def model_size(config: Any, name: str) -> ModelSize:
         model = auto.from_config(config)
     model.tie_weights()
     largest = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
-    return ModelSize(name, sum(p.numel() for p in model.parameters()), largest)
+    every = sum(p.numel() for p in model.parameters())
+    return ModelSize(name, every, largest, None if args is None else _trained(model, args))
+
+
+def _trained(model: Any, args: dict[str, Any]) -> int:
+    """Parameters LLaMA-Factory 0.9.3 trains: by its rules for full, freeze and lora."""
+    import torch
+
+    image = ("vision_tower", "multi_modal_projector")
+    sizes = {n: p.numel() for n, p in model.named_parameters() if not any(m in n for m in image)}
+    kind = args.get("finetuning_type", "lora")
+    if kind == "full":
+        return sum(sizes.values())
+    if kind == "freeze":
+        layers = getattr(model.config, "text_config", model.config).num_hidden_layers
+        count = args.get("freeze_trainable_layers", 2)
+        chosen = range(layers - count, layers) if count > 0 else range(-count)
+        marks = [f".{layer}." for layer in chosen]
+        return sum(size for name, size in sizes.items() if any(mark in name for mark in marks))
+    rank, target = args.get("lora_rank", 8), str(args.get("lora_target", "all"))
+    names = [name.strip() for name in target.split(",")]
+    return sum(
+        rank * (module.in_features + module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and not any(mark in name for mark in (*image, "lm_head"))
+        and (target == "all" or name.split(".")[-1] in names)
+    )
 
 
 def gemma_3_4b() -> Any:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import fcntl
 import json
 import os
 import re
+import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -79,7 +81,7 @@ class Run:
 
     @property
     def metrics(self) -> Path:
-        """Rank 0's events, one JSON object a line: start, step, eval, save, end."""
+        """Rank 0's events, one JSON object a line: each start, step, eval, save, end."""
         return self.folder / "metrics.jsonl"
 
     @property
@@ -137,6 +139,32 @@ class Run:
         if not events:
             return "new"
         return "complete" if events[-1]["event"] == "end" else "started"
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps the run to this process while the block runs: two trainings would mix.
+
+        Raises:
+            RunExistsError: Another process is training it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / ".lock"
+        with path.open("a+", encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                raise RunExistsError(
+                    f"the run '{self.name}' is being trained by another process",
+                    where=f"{path}: {lock.read().strip() or 'it does not say which'}",
+                    do="wait for it, stop it, or choose another RUN_NAME",
+                ) from None
+            except OSError:  # a file system without locks: go on, as nothing can be known there
+                pass
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            lock.flush()
+            yield
 
     def record(self, step: str, values: Mapping[str, Any]) -> None:
         """Writes a step's results and merges all steps' into ``results.json``."""
@@ -224,6 +252,12 @@ def refuse_other_settings(run: Run, step: str, defining: Mapping[str, Any]) -> N
         return
     before = run.read_step(step)["parameters"]
     changed = [key for key, value in defining.items() if before.get(key) != value]
+    if changed == ["OVERRIDES"] and run.state == "started":
+        old, new = before["OVERRIDES"], defining["OVERRIDES"]
+        from .config import MAY_CHANGE
+
+        if {k for k in old.keys() | new.keys() if old.get(k) != new.get(k)} <= MAY_CHANGE:
+            return  # 03_config looks closer
     if changed:
         raise RunExistsError(
             f"the run '{run.name}' has been trained with other settings: "
@@ -337,7 +371,7 @@ def _read_events(path: Path) -> Iterator[dict[str, Any]]:
         except json.JSONDecodeError:  # the line being written this moment, or at a crash
             continue
         if event["event"] == "start":  # a resumed run goes back to its checkpoint's step
-            events = [e for e in events if 0 < event["step"] >= e["step"]]
+            events = [e for e in events if e["event"] == "start" or 0 < event["step"] >= e["step"]]
         events.append(event)
     yield from events
 

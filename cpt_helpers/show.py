@@ -34,18 +34,27 @@ def table(rows: Iterable[Any], columns: Iterable[str] | None = None) -> DataFram
     return pd.DataFrame(rows, columns=columns, index=[""] * len(rows))
 
 
-def progress(run: Run) -> tuple[int, int, str]:
-    """Where a training is: steps done, steps in all, and a line about it."""
+def progress(run: Run, since: float = 0.0) -> tuple[int, int, str]:
+    """Where a training is: steps done, steps in all, and a line about it.
+
+    Args:
+        run: Whose.
+        since: When this attempt began; what was before it is not progress.
+    """
     events = run.events()
-    start = next((event for event in events if event["event"] == "start"), None)
-    if start is None:
-        return 0, 0, "workers are starting (imports, model, data)"
+    starts = [event for event in events if event["event"] == "start"]
     steps = [event for event in events if event["event"] == "step"]
+    if not starts or starts[-1]["time"] < since:
+        done, of = (steps[-1]["step"], starts[-1]["max_steps"]) if steps else (0, 0)
+        return done, of, "workers are starting (imports, model, data)"
+    start = starts[-1]
     last = events[-1]
     if last["event"] == "end":
         return last["step"], start["max_steps"], "trained"
     if last["event"] == "save" and last["step"] == start["max_steps"]:
         return last["step"], start["max_steps"], "the final model is being written"
+    if last["event"] == "start" and start["step"]:
+        return start["step"], start["max_steps"], f"going on from step {start['step']}"
     if not steps:
         return start["step"], start["max_steps"], "measuring held-out text before the first step"
     pace = statistics.median(event["seconds"] for event in steps[-5:])
@@ -58,9 +67,21 @@ def progress(run: Run) -> tuple[int, int, str]:
     return steps[-1]["step"], start["max_steps"], line
 
 
+def say(line: str) -> None:
+    """Says something that stays, beside a line that changes."""
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr)
+    print(line, file=sys.stderr, flush=True)
+
+
 @contextmanager
-def follow(run: Run) -> Iterator[None]:
-    """Shows a training's progress while the block runs: one line that changes."""
+def follow(run: Run, began: list[float]) -> Iterator[None]:
+    """Shows a training's progress while the block runs: one line that changes.
+
+    Args:
+        run: Whose.
+        began: When its attempts began; a restart adds to it.
+    """
     done = threading.Event()
     show, close = _display()
 
@@ -69,7 +90,7 @@ def follow(run: Run) -> Iterator[None]:
 
         since = time.time()
         while not done.wait(_POLL_SECONDS):
-            step, steps, line = progress(run)
+            step, steps, line = progress(run, began[-1])
             bar = tqdm.format_meter(
                 step, steps or 1, time.time() - since, ncols=40, bar_format="{l_bar}{bar}|"
             )

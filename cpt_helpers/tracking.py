@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from . import show
 from .config import worker_variables
 from .errors import TrackingError
 from .run import Run
 from .streams import hushed
 
+_FOLDER = "cpt.folder"  # the tag by which a run is known again
+_SEND_SECONDS = 2.0
 VARIABLES = b"cpt_helpers"  # namespace in the key-value store of Ray's head, which is in memory
 
 
@@ -91,28 +95,129 @@ def prepare(run: Run, args: dict[str, Any]) -> str | None:
     return uri
 
 
+@contextmanager
+def mirrored(run: Run, args: dict[str, Any]) -> Iterator[None]:
+    """Sends the run's events to MLflow while the block runs, each step once, also over restarts.
+
+    The driver does it, from ``metrics.jsonl``: a tracking server that fails for a while does not
+    stop the workers, and what was not sent is sent later. A run taken up again continues its
+    MLflow run.
+    """
+    uri = prepare(run, args)
+    if uri is None:
+        yield
+        return
+    mirror = _Mirror(run, args, uri)
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(_SEND_SECONDS):
+            mirror.send()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        mirror.send()
+        mirror.close()
+
+
+class _Mirror:
+    """A run in MLflow, and what of it has been sent."""
+
+    def __init__(self, run: Run, args: dict[str, Any], uri: str) -> None:
+        from mlflow import MlflowClient
+
+        self.run, self.client = run, MlflowClient(uri)
+        self.failed = False
+        found = _find(self.client, run)
+        if found is None:
+            name = worker_environment(run, args)["MLFLOW_EXPERIMENT_NAME"]
+            experiment = self.client.get_experiment_by_name(name)
+            found = self.client.create_run(
+                experiment.experiment_id, run_name=run.name, tags={_FOLDER: str(run.folder)}
+            )
+        self.id = found.info.run_id
+        self.client.update_run(self.id, status="RUNNING")
+        self.sent = {
+            (key, metric.step)
+            for key in found.data.metrics
+            for metric in self.client.get_metric_history(self.id, key)
+        }
+        self._describe(args, known=found.data.params)
+
+    def _describe(self, args: dict[str, Any], known: dict[str, str]) -> None:
+        from mlflow.entities import Param
+
+        said = {key: str(value)[:500] for key, value in args.items() if key not in known}
+        self.client.log_batch(self.id, params=[Param(key, value) for key, value in said.items()])
+
+    def send(self) -> None:
+        from mlflow.entities import Metric
+
+        fresh = [
+            (Metric(key, value, int(event["time"] * 1000), event["step"]))
+            for event in self.run.events()
+            for key, value in _metrics(event).items()
+            if (key, event["step"]) not in self.sent
+        ]
+        try:
+            for i in range(0, len(fresh), 500):  # MLflow takes a thousand at once
+                self.client.log_batch(self.id, metrics=fresh[i : i + 500])
+        except Exception as error:
+            if not self.failed:
+                show.say(f"MLflow does not take metrics now, they will be sent later: {error}")
+            self.failed = True
+            return
+        self.failed = False
+        self.sent |= {(metric.key, metric.step) for metric in fresh}
+
+    def close(self) -> None:
+        try:
+            complete = self.run.state == "complete"
+            self.client.set_terminated(self.id, "FINISHED" if complete else "FAILED")
+        except Exception as error:
+            show.say(f"MLflow was not told that the run ended: {error}")
+
+
+def _metrics(event: dict[str, Any]) -> dict[str, float]:
+    """An event's figures by MLflow's names for them, which are the trainer's."""
+    if event["event"] == "eval":
+        return {f"eval_{event['dataset']}_loss": event["loss"]}
+    if event["event"] == "step":
+        keys = ("loss", "learning_rate", "grad_norm")
+        figures = {key: event[key] for key in keys if event.get(key) is not None}
+        return figures | {"seconds_per_step": event["seconds"]}
+    return {}
+
+
+def _find(client: Any, run: Run) -> Any | None:
+    """The run in MLflow, by its folder: names may be used again."""
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    query = f"tags.`{_FOLDER}` = '{run.folder}'"
+    found = client.search_runs(experiments, query, max_results=1) if experiments else []
+    return found[0] if found else None
+
+
 def recorded(run: Run, uri: str) -> dict[str, Any]:
-    """The run in MLflow: its name, status and last metrics; the newest of that name.
+    """The run in MLflow: its name, status and last metrics.
 
     Raises:
         TrackingError: There is none.
     """
     from mlflow import MlflowClient
 
-    client = MlflowClient(uri)
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "cpt")
-    experiment = client.get_experiment_by_name(name)
-    query = f"attributes.run_name = '{run.name}'"
-    runs = (
-        client.search_runs([experiment.experiment_id], query, max_results=1) if experiment else []
-    )
-    if not runs:
+    found = _find(MlflowClient(uri), run)
+    if found is None:
         raise TrackingError(
-            f"MLflow has no run named '{run.name}'", where=uri, do="look at the log of rank 0"
+            f"MLflow has no run named '{run.name}'", where=uri, do="run notebook 04_train again"
         )
     return {
-        "id": runs[0].info.run_id,
-        "name": run.name,
-        "status": runs[0].info.status,
-        "metrics": dict(runs[0].data.metrics),
+        "id": found.info.run_id,
+        "name": found.info.run_name,
+        "status": found.info.status,
+        "metrics": dict(found.data.metrics),
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 import traceback
@@ -17,37 +18,45 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from . import checkpoints
+from .config import held_out_of
+from .run import Run
 from .streams import redirected
 from .tracking import take_variables
 
+# Optional packages that the libraries import where they find them and that no step needs: the
+# driver reports to MLflow, and nothing here is scored with scikit-learn. Seconds of every start.
+_NOT_NEEDED = ("mlflow", "sklearn")
+
 
 def train_loop(config: dict[str, Any]) -> None:
-    """Trains one rank to the end.
+    """Trains one rank to the end, from the newest whole checkpoint where there is one.
 
     Args:
-        config: ``args`` (the resolved recipe), ``metrics`` and ``logs`` (paths on the storage),
-            ``variables`` (under which the driver laid down environment variables).
+        config: ``args`` (the resolved recipe), ``run`` and ``storage`` (whose, where), ``launched``
+            (when the driver started this), ``resume`` (the checkpoint it chose, or ``None``).
     """
     import ray.train
 
-    rank = ray.train.get_context().get_world_rank()
-    os.environ.update(take_variables(config["variables"]))
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    run = Run(config["run"], Path(config["storage"]))
+    os.environ.update(take_variables(run.name))
+    for name in _NOT_NEEDED:
+        sys.modules.setdefault(name, None)
     args = dict(config["args"])
-    with _log_of(rank, Path(config["logs"])):
+    with _log_of(rank, run.logs):
         if args.get("use_cpu"):
             join_cpu_group()
+        resumed = _agree(run, config, rank)
+        _clear_output(Path(args["output_dir"]), context.get_local_rank())
+        args |= _taking_up(run, args, resumed, world_size)
+        callback = _make_callback(run, args, resumed)
+        _use_own_trainer(callback)
         from llamafactory.train.tuner import _training_function
 
-        checkpoint = ray.train.get_checkpoint()
-        with checkpoint.as_directory() if checkpoint else _nothing() as folder:
-            args["resume_from_checkpoint"] = str(Path(folder, "checkpoint")) if folder else None
-            # Without this LLaMA-Factory would resume from whatever half checkpoint it finds.
-            args["overwrite_output_dir"] = True
-            args["eval_on_start"] = args.get("eval_on_start", False) and not folder
-            tokens = _tokens_per_step(args)
-            callback = _make_callback(Path(config["metrics"]), tokens)
-            _training_function({"args": args, "callbacks": [callback]})
-            callback.write("end", callback.state)  # the final model is written too
+        _training_function({"args": args, "callbacks": [callback]})
+        callback.write("end", callback.state)  # the final model is written too
 
 
 def join_cpu_group() -> None:
@@ -60,6 +69,118 @@ def join_cpu_group() -> None:
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
 
 
+def _agree(run: Run, config: dict[str, Any], rank: int) -> dict[str, Any] | None:
+    """The checkpoint all ranks go on from: rank 0 chooses, so that they never choose differently.
+
+    The driver's choice holds for its first attempt; after a failure newer ones may be there, and
+    each is checked again. Rank 0 also takes the run's records back to that step.
+    """
+    import torch.distributed as dist
+
+    chosen = [config["resume"]]
+    if rank == 0:
+        restarted = any(
+            event["event"] == "start" and event["time"] >= config["launched"]
+            for event in run.events()
+        )
+        if restarted:
+            newest = checkpoints.latest(run)
+            chosen = [newest.handle() if newest else None]
+        rewind(run, chosen[0]["step"] if chosen[0] else 0)
+    dist.broadcast_object_list(chosen, src=0)
+    if chosen[0]:
+        print(f"going on from step {chosen[0]['step']}, {chosen[0]['path']}", flush=True)
+    return chosen[0]
+
+
+def rewind(run: Run, step: int) -> None:
+    """Takes the run's records back to a step, so that the steps done again stand in them once.
+
+    ``start`` events stay: they tell how often the run was begun.
+    """
+    for path, key in ((run.metrics, "step"), (run.output / "trainer_log.jsonl", "current_steps")):
+        if not path.is_file():
+            continue
+        kept = []
+        for line in path.read_text("utf-8", errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:  # cut short by the crash
+                continue
+            if record.get("event") == "start" or 0 < step >= record.get(key, 0):
+                kept.append(line + "\n")
+        part = path.with_name(f".{path.name}")
+        part.write_text("".join(kept), "utf-8")
+        part.replace(path)
+
+
+def _clear_output(output: Path, local_rank: int) -> None:
+    """Removes what an earlier attempt left half-written; whole checkpoints are on the storage."""
+    import torch.distributed as dist
+
+    if local_rank == 0:
+        for left in output.glob("checkpoint-*"):
+            shutil.rmtree(left, ignore_errors=True)
+    dist.barrier()
+
+
+def _taking_up(
+    run: Run, args: dict[str, Any], resumed: dict[str, Any] | None, world_size: int
+) -> dict[str, Any]:
+    """The arguments by which LLaMA-Factory goes on from a checkpoint, or from none."""
+    changed: dict[str, Any] = {"report_to": "none"}  # the driver reports
+    if not resumed:
+        # Without it LLaMA-Factory would resume from whatever it finds in its output folder.
+        return changed | {"overwrite_output_dir": True, "resume_from_checkpoint": None}
+    folder = Path(resumed["path"], "checkpoint")
+    if args.get("deepspeed") and resumed["world_size"] != world_size:
+        folder = checkpoints.universal_folder(run, resumed["step"], world_size)
+        settings = json.loads(Path(args["deepspeed"]).read_text("utf-8"))
+        changed["deepspeed"] = settings | {"checkpoint": {"load_universal": True}}
+    return changed | {
+        "overwrite_output_dir": False,  # keeps the trainer's own log
+        "resume_from_checkpoint": str(folder),
+        "eval_on_start": False,
+    }
+
+
+def _use_own_trainer(callback: Any) -> None:
+    """Puts two things right in LLaMA-Factory 0.9.3's trainer for pre-training.
+
+    Its callback that saves a multimodal model's processor comes after all others, so that ours
+    would miss it. And DeepSpeed 0.16.9 drops empty parameter groups, which under LoRA torch ≥ 2.13
+    ends with «zip() argument 2 is longer than argument 1»; groups that differ in nothing are made
+    one, which is also what DeepSpeed's universal checkpoints need.
+    """
+    from llamafactory.train.pt import workflow
+    from llamafactory.train.pt.trainer import CustomTrainer
+
+    class CptTrainer(CustomTrainer):
+        def create_optimizer(self) -> Any:
+            optimizer = super().create_optimizer()
+            merge_groups(optimizer)
+            return optimizer
+
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            self.callback_handler.callbacks.sort(key=lambda other: other is callback)
+            return super().train(*args, **kwargs)
+
+    workflow.CustomTrainer = CptTrainer
+
+
+def merge_groups(optimizer: Any) -> None:
+    """Makes one parameter group of those with the same settings; drops empty ones."""
+    merged: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        settings = {key: value for key, value in group.items() if key != "params"}
+        alike = [g for g in merged if {k: v for k, v in g.items() if k != "params"} == settings]
+        if alike:
+            alike[0]["params"] = [*alike[0]["params"], *group["params"]]
+        elif group["params"]:
+            merged.append(group)
+    optimizer.param_groups[:] = merged
+
+
 def _tokens_per_step(args: dict[str, Any]) -> int:
     """Tokens of one optimizer step over all workers."""
     micro = args.get("per_device_train_batch_size", 8)
@@ -67,11 +188,15 @@ def _tokens_per_step(args: dict[str, Any]) -> int:
     return micro * accumulation * args["cutoff_len"] * args["ray_num_workers"]
 
 
-def _make_callback(metrics: Path, tokens_per_step: int) -> Any:
+def _make_callback(run: Run, args: dict[str, Any], resumed: dict[str, Any] | None) -> Any:
     """The callback that writes events and hands checkpoints to Ray; made where torch is loaded."""
-    import ray.train
+    import ray
     import torch.distributed as dist
     from transformers import TrainerCallback
+
+    context = ray.get_runtime_context()
+    tokens_per_step = _tokens_per_step(args)
+    keep, held_out = args.get("save_total_limit"), held_out_of(args).get("domain")
 
     class RunCallback(TrainerCallback):
         """Rank 0's events, an evaluation after the last step, and every rank's checkpoint files."""
@@ -79,17 +204,18 @@ def _make_callback(metrics: Path, tokens_per_step: int) -> Any:
         def __init__(self) -> None:
             self.rank = ray.train.get_context().get_world_rank()
             self.logged = (0, 0.0)  # step and time of the last step event
-            self.losses: dict[str, float] = {}
+            self.measured: tuple[int, dict[str, float]] = (-1, {})  # held-out losses, and when
             self.evaluating = 0.0
 
         def write(self, event: str, state: Any, **values: Any) -> None:
             if self.rank == 0:
                 line = {"event": event, "step": state.global_step, "time": round(time.time(), 3)}
-                with metrics.open("a", encoding="utf-8") as file:
+                with run.metrics.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line | values) + "\n")
 
         def on_train_begin(self, args, state, control, model=None, **kwargs):
             engine = kwargs.get("optimizer")
+            places = _all_ranks({"node": context.get_node_id(), "pid": os.getpid()})
             self.write(
                 "start",
                 state,
@@ -99,6 +225,8 @@ def _make_callback(metrics: Path, tokens_per_step: int) -> Any:
                 optimizer=type(engine).__name__,
                 zero_stage=_zero_stage(args),
                 parameters=_parameters(model),
+                ranks=places,
+                resumed_from=resumed and str(Path(resumed["path"]).relative_to(run.folder)),
             )
             self.logged = (state.global_step, time.time())
             self.evaluating = time.time()
@@ -129,63 +257,72 @@ def _make_callback(metrics: Path, tokens_per_step: int) -> Any:
             self.evaluating = time.time()
 
         def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            losses = self.measured[1] if self.measured[0] == state.global_step else {}
             for key, value in metrics.items():
                 if key.startswith("eval_") and key.endswith("_loss"):
                     name = key.removeprefix("eval_").removesuffix("_loss")
                     seconds = time.time() - self.evaluating
-                    self.losses[name] = value
+                    losses[name] = value
                     self.write("eval", state, dataset=name, loss=value, seconds=round(seconds, 3))
+            self.measured = (state.global_step, losses)
             self.evaluating = time.time()
             self.logged = (state.global_step, 0.0)
 
         def on_save(self, args, state, control, **kwargs):
             since = time.time()
-            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-            dist.barrier()  # every rank has written its shard
-            measured = {
-                "step": state.global_step,
-                **{f"loss_{k}": v for k, v in self.losses.items()},
-            }
-            with _own_files(folder, self.rank, args.world_size) as own:
-                ray.train.report(measured, checkpoint=ray.train.Checkpoint.from_directory(own))
-            dist.barrier()  # Ray has every rank's files
+            written = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            place = _next_place(run)
             if self.rank == 0:
-                size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
-                shutil.rmtree(folder)
-                self.write("save", state, bytes=size, seconds=round(time.time() - since, 3))
+                checkpoints.clear(place)
+            dist.barrier()  # every rank has written its files, and the place is free
+            moved = _all_ranks(checkpoints.move_own(written, place / "checkpoint", self.rank))
+            files = {name: file for own in moved for name, file in own.items()}
+            losses = self.measured[1] if self.measured[0] == state.global_step else {}
+            _register(state.global_step, losses)
+            dist.barrier()  # Ray knows it of every rank
+            shutil.rmtree(written, ignore_errors=True)  # empty folders, on each node's disk
+            if self.rank == 0:
+                size = checkpoints.write_manifest(
+                    place, state.global_step, args.world_size, files, losses
+                )
+                seconds = round(time.time() - since, 3)
+                self.write("save", state, bytes=size, seconds=seconds, path=str(place))
+                checkpoints.prune(run, keep, held_out)
             self.logged = (state.global_step, 0.0)
 
         def on_train_end(self, args, state, control, **kwargs):
             self.state = state
-            if self.losses:  # measured after the last step; LLaMA-Factory would do it once more
+            if self.measured[1]:  # after the last step; LLaMA-Factory would do it once more
                 args.do_eval = False
 
     return RunCallback()
 
 
-@contextmanager
-def _own_files(folder: Path, rank: int, world_size: int) -> Iterator[str]:
-    """A folder with only the files of a checkpoint that are this rank's to hand over.
+def _next_place(run: Run) -> Path:
+    """Where Ray will look for the checkpoint that is reported next."""
+    import ray.train
 
-    Ray merges what the ranks report, so that one checkpoint is written once. A rank's own are its
-    ZeRO shards and its random state; all the rest is rank 0's. They are hard links: nothing is
-    copied but by Ray.
-    """
-    others = [f"_rank_{r}_" for r in range(world_size)]
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".rank-{rank}.") as own:
-        for source in sorted(folder.rglob("*")):
-            if not source.is_file():
-                continue
-            name = source.name
-            if name.startswith("rng_state_"):
-                owner = int(source.stem.removeprefix("rng_state_"))
-            else:  # bf16_zero_pp_rank_<r>_mp_rank_00_optim_states.pt, and alike
-                owner = next((r for r, mark in enumerate(others) if f"pp{mark}" in name), 0)
-            if owner == rank:
-                target = Path(own, "checkpoint", source.relative_to(folder))
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.link(source, target)
-        yield own
+    storage = ray.train.get_context().get_storage()
+    name = storage._make_checkpoint_dir_name(storage.current_checkpoint_index + 1)
+    return run.folder / storage.trial_dir_name / name
+
+
+def _all_ranks(own: dict[str, Any]) -> list[dict[str, Any]]:
+    """What every rank has to say, in the order of the ranks; none goes on before all have."""
+    import torch.distributed as dist
+
+    everyone: list[Any] = [own] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return everyone
+
+
+def _register(step: int, losses: dict[str, float]) -> None:
+    """Tells Ray of a checkpoint whose files are in their place: it has nothing left to copy."""
+    import ray.train
+
+    measured = {"step": step, **{f"loss_{name}": loss for name, loss in losses.items()}}
+    with tempfile.TemporaryDirectory() as empty:
+        ray.train.report(measured, checkpoint=ray.train.Checkpoint.from_directory(empty))
 
 
 def _zero_stage(args: Any) -> int | None:
@@ -212,8 +349,3 @@ def _log_of(rank: int, folder: Path) -> Iterator[None]:
         except BaseException:
             traceback.print_exc()
             raise
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield None

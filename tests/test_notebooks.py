@@ -18,8 +18,8 @@ APPLY = {
     "01_setup": {"TRAIN_CONFIG", "OVERRIDES", "PROMPT"},
     "02_data": {"TRAIN_CONFIG", "OVERRIDES", "CORPUS"},
     "03_config": {"TRAIN_CONFIG", "OVERRIDES"},
-    "04_train": set(),
-    "05_checkpoints": set(),
+    "04_train": {"RETRIES", "WORKERS"},
+    "05_checkpoints": {"KILL"},
     "06_export": {"CHECKPOINT", "DTYPE"},
 }
 

@@ -1,0 +1,229 @@
+"""Shows that a run survives: a small one loses a worker and is compared with its twin."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import assets, config, environment, launch
+from .errors import TrainingError
+from .run import Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STEPS, SAVE_EVERY, KILL_AT, RANK = 20, 5, 8, 1
+
+
+@dataclass(frozen=True)
+class Survival:
+    """Two trainings of one recipe, one of which lost a worker.
+
+    Attributes:
+        undisturbed: The one left alone.
+        killed: The one whose worker was killed.
+        killed_at: The last step it had taken then.
+        resumed_from: The step of the checkpoint it went on from.
+        seconds_lost: From the last step before to the first one after.
+        weights: Each run's sha256 of the final weights.
+    """
+
+    undisturbed: Run
+    killed: Run
+    killed_at: int
+    resumed_from: int
+    seconds_lost: float
+    weights: dict[str, str]
+
+    @property
+    def same_weights(self) -> bool:
+        return len(set(self.weights.values())) == 1
+
+    @property
+    def same_losses(self) -> bool:
+        return losses(self.undisturbed) == losses(self.killed)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "killed_at": self.killed_at,
+            "resumed_from": self.resumed_from,
+            "seconds_lost": self.seconds_lost,
+            "same_weights": self.same_weights,
+            "same_losses": self.same_losses,
+            "weights": self.weights,
+        }
+
+
+def demonstrate(run: Run, args: dict[str, Any]) -> Survival:
+    """Trains a small model twice under a run's own settings, and kills a worker of the second.
+
+    Both lie in ``<run>/survival/``; what is there already is not trained again.
+
+    Args:
+        run: Whose tokenizer, corpus, workers and DeepSpeed file are used.
+        args: Its resolved recipe.
+
+    Raises:
+        TrainingError: The worker could not be killed while it trained.
+    """
+    folder = run.folder / "survival"
+    recipe = _recipe(run, args, folder)
+    undisturbed, killed = Run("undisturbed", folder), Run("killed", folder)
+    record = folder / "killed.json"
+    with environment.cluster():
+        for each in (undisturbed, killed):
+            if each.state == "complete" and record.is_file() | (each is undisturbed):
+                continue
+            own = _own(each, recipe)
+            if each is undisturbed:
+                launch.train(each, own)
+            else:
+                seen = _train_and_kill(each, own)
+                record.write_text(json.dumps(seen))
+    seen = json.loads(record.read_text("utf-8"))
+    weights = {r.name: assets.sha256(r.output / "model.safetensors") for r in (undisturbed, killed)}
+    return Survival(undisturbed, killed, **seen, weights=weights)
+
+
+def losses(run: Run) -> list[tuple[int, float]]:
+    """Every step's training loss."""
+    return [(event["step"], event["loss"]) for event in run.events() if event["event"] == "step"]
+
+
+def plot(survival: Survival) -> Figure:
+    """Both loss curves, one upon the other, with the kill and the restart marked."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
+    for run, style in (
+        (survival.undisturbed, {"color": "tab:gray", "lw": 6, "alpha": 0.4}),
+        (survival.killed, {"color": "tab:blue", "marker": "o", "ms": 4}),
+    ):
+        curve = losses(run)
+        axes.plot([s for s, _ in curve], [loss for _, loss in curve], label=run.name, **style)
+    axes.axvspan(
+        survival.resumed_from,
+        survival.killed_at,
+        color="tab:red",
+        alpha=0.15,
+        label=f"done again after the kill at step {survival.killed_at}",
+    )
+    axes.set(xlabel="step", ylabel="training loss", title="A worker killed, and one left alone")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure
+
+
+def _recipe(run: Run, args: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The run's own recipe for a model of a few million parameters."""
+    small = folder / "model"
+    if not (small / "config.json").is_file():
+        _small_model(args["model_name_or_path"], small)
+    keep = set(config.MAY_CHANGE) | {
+        "stage", "do_train", "use_cpu", "deepspeed", "dataset", "dataset_dir", "template",
+        "bf16", "fp16", "optim", "lr_scheduler_type", "lr_scheduler_kwargs", "tokenized_path",
+    }  # fmt: skip
+    return {key: value for key, value in args.items() if key in keep} | {
+        "model_name_or_path": str(small),
+        "finetuning_type": "full",
+        "cutoff_len": args["cutoff_len"],
+        "max_samples": 2000,
+        "max_steps": STEPS,
+        "save_steps": SAVE_EVERY,
+        "save_total_limit": 2,
+        "logging_steps": 1,
+        "learning_rate": 3e-3,
+        "report_to": "none",
+    }
+
+
+def _own(run: Run, recipe: dict[str, Any]) -> dict[str, Any]:
+    return recipe | {
+        "output_dir": str(run.output),
+        "run_name": run.name,
+        "ray_run_name": run.name,
+        "ray_storage_path": str(run.storage),
+    }
+
+
+def _small_model(like: str, folder: Path) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = assets.tokenizer_of(like)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
+def _train_and_kill(run: Run, args: dict[str, Any]) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.05):
+            events = run.events()
+            if any(e["event"] == "step" and e["step"] >= KILL_AT for e in events):
+                start = next(e for e in reversed(events) if e["event"] == "start")
+                kill(start["ranks"][RANK])
+                seen["killed_at"] = losses(run)[-1][0]
+                seen["time"] = time.time()
+                return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        launch.train(run, args)
+    finally:
+        done.set()
+        thread.join()
+    starts = [event for event in run.events() if event["event"] == "start"]
+    if len(starts) < 2:
+        raise TrainingError(
+            "the small run ended before its worker was killed",
+            where=run.folder,
+            do="move that folder away and run this again",
+        )
+    again = next(
+        e for e in run.events() if e["event"] == "step" and e["step"] == starts[-1]["step"] + 1
+    )
+    return {
+        "killed_at": seen["killed_at"],
+        "resumed_from": starts[-1]["step"],
+        "seconds_lost": round(again["time"] - seen["time"], 1),
+    }
+
+
+def kill(rank: dict[str, Any]) -> None:
+    """Kills a worker with SIGKILL, on whatever node it is.
+
+    Args:
+        rank: Its ``node`` (Ray's id) and ``pid``, as the run's ``start`` event names them.
+    """
+    import os
+    import signal
+
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    there = NodeAffinitySchedulingStrategy(rank["node"], soft=False)
+    end = ray.remote(num_cpus=0, scheduling_strategy=there)(os.kill)
+    ray.get(end.remote(rank["pid"], signal.SIGKILL))

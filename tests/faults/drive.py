@@ -1,0 +1,28 @@
+"""Runs one training with planted faults: ``python -m faults.drive <storage> <run> <json>``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    from cpt_helpers import config, launch, worker
+    from cpt_helpers.errors import CptError
+    from cpt_helpers.run import Run
+    from faults import plant
+
+    storage, name, options = sys.argv[1:]
+    given = json.loads(options)
+    run = Run(name, Path(storage))
+    worker.train_loop = plant.train_loop
+    try:
+        launch.train(run, config.load(run), **given)
+    except CptError as error:
+        print(f"{type(error).__name__}: {error}", flush=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

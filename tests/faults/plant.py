@@ -1,0 +1,109 @@
+"""Plants faults in the workers of a real training. The product knows nothing of it.
+
+``CPT_FAULTS`` holds a list of faults as JSON; each happens once in a run:
+
+``{"what": "step", "ranks": [1], "step": 5}``      killed between backward and optimizer step
+``{"what": "shard", "ranks": [1], "step": 6}``     killed while DeepSpeed writes a rank's shard
+``{"what": "hand-over", "ranks": [0], "step": 6}`` killed while files go to the storage
+``{"what": "hang", "ranks": [1], "step": 5}``      stopped (SIGSTOP), so that the others wait
+``{"what": "fill", "ranks": [0], "step": 8, "path": …, "leave": 5e5}`` the disk filled up to that
+``{"what": "slow", "seconds": 0.5}``               every step takes longer, so that it can be hit
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+
+def train_loop(config: dict[str, Any]) -> None:
+    """The product's own loop, with the faults planted first."""
+    import ray.train
+
+    from cpt_helpers.worker import train_loop as own
+
+    folder = Path(config["storage"], config["run"])
+    rank = ray.train.get_context().get_world_rank()
+    for number, fault in enumerate(json.loads(os.environ.get("CPT_FAULTS", "[]"))):
+        _plant(fault, folder / f".fault-{number}-rank-{rank}", rank)
+    own(config)
+
+
+def _plant(fault: dict[str, Any], mark: Path, rank: int) -> None:
+    what = fault["what"]
+    if what == "slow":
+        _around_each_step(lambda step: time.sleep(fault["seconds"]))
+        return
+    if rank not in fault["ranks"] or mark.exists():
+        return
+
+    def strike() -> None:
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGSTOP if what == "hang" else signal.SIGKILL)
+
+    if what == "fill":
+        _around_each_step(lambda step: _fill(fault) if step + 1 == fault["step"] else None)
+    elif what in ("step", "hang"):
+        _around_each_step(lambda step: strike() if step + 1 == fault["step"] else None)
+    elif what == "shard":
+        _in_shard(fault["step"], strike)
+    elif what == "hand-over":
+        _in_hand_over(fault["step"], strike)
+    else:
+        raise ValueError(what)
+
+
+def _fill(fault: dict[str, Any]) -> None:
+    path = Path(fault["path"])
+    free = os.statvfs(path.parent).f_bavail * os.statvfs(path.parent).f_frsize
+    path.write_bytes(bytes(max(free - int(fault["leave"]), 0)))
+
+
+def _around_each_step(act: Any) -> None:
+    from transformers import Trainer
+
+    step_of = Trainer.training_step
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = step_of(self, *args, **kwargs)
+        act(self.state.global_step)
+        return loss
+
+    Trainer.training_step = training_step
+
+
+def _in_shard(step: int, strike: Any) -> None:
+    import torch
+
+    save = torch.save
+
+    def half(state: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+        if f"checkpoint-{step}/" in str(file) and "optim_states" in str(file):
+            whole = io.BytesIO()
+            save(state, whole)
+            Path(file).write_bytes(whole.getvalue()[: whole.tell() // 2])
+            strike()
+        save(state, file, *args, **kwargs)
+
+    torch.save = half
+
+
+def _in_hand_over(step: int, strike: Any) -> None:
+    from cpt_helpers import checkpoints
+
+    move = checkpoints.move_own
+
+    def one_file(written: Path, target: Path, rank: int) -> Any:
+        if written.name == f"checkpoint-{step}":
+            (target / f"global_step{step}").mkdir(parents=True, exist_ok=True)
+            shard = next(written.glob(f"global_step*/*pp_rank_{rank}_*_optim_states.pt"))
+            shard.replace(target / f"global_step{step}" / shard.name)
+            strike()
+        return move(written, target, rank)
+
+    checkpoints.move_own = one_file

@@ -1,0 +1,248 @@
+"""Checkpoints without a training: manifests, damage, order, retention, resuming."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from cpt_helpers import checkpoints, config, planning, worker
+from cpt_helpers.errors import CheckpointError, ConfigError, RunExistsError
+from cpt_helpers.run import Run
+
+ATTEMPT = "TorchTrainer_ab12c_00000_0_2026-11-22_10-00-00"
+LATER = "TorchTrainer_ff12c_00000_0_2026-11-22_12-00-00"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run.open("r", tmp_path)
+
+
+def write(run: Run, number: int, step: int, loss: float | None = None, attempt=ATTEMPT) -> Path:
+    """A checkpoint of two ranks, written as the workers write it."""
+    written = run.folder / f"checkpoint-{step}"
+    shards = written / f"global_step{step}"
+    shards.mkdir(parents=True)
+    for rank in (0, 1):
+        name = f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        (shards / name).write_bytes(bytes([rank]) * 5000)
+        (written / f"rng_state_{rank}.pth").write_bytes(bytes([rank]) * 10)
+    (written / "model.safetensors").write_bytes(b"weights" * 1000)
+    (written / "preprocessor_config.json").write_text("{}")
+    place = run.folder / attempt / f"checkpoint_{number:06d}"
+    files = {}
+    for rank in (0, 1):
+        files |= checkpoints.move_own(written, place / "checkpoint", rank)
+    shutil.rmtree(written)
+    losses = {} if loss is None else {"d_heldout": loss}
+    checkpoints.write_manifest(place, step, 2, files, losses)
+    return place
+
+
+def note(run: Run, *events: dict) -> None:
+    run.folder.mkdir(exist_ok=True)
+    with run.metrics.open("a") as file:
+        file.writelines(json.dumps(event) + "\n" for event in events)
+
+
+def shard(place: Path) -> Path:
+    return next(place.glob("checkpoint/global_step*/*rank_1_*"))
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_each_rank_moves_its_own_and_the_manifest_names_all(run: Run) -> None:
+    written = run.folder / "checkpoint-5"
+    (written / "global_step5").mkdir(parents=True)
+    names = [
+        "model.safetensors",
+        "rng_state_0.pth",
+        "rng_state_10.pth",
+        "global_step5/zero_pp_rank_1_mp_rank_00_model_states.pt",
+        "global_step5/bf16_zero_pp_rank_10_mp_rank_00_optim_states.pt",
+        "preprocessor_config.json",
+    ]
+    for name in names:
+        (written / name).write_text(name)
+    moved = {
+        rank: set(checkpoints.move_own(written, run.folder / "c", rank)) for rank in (0, 1, 10)
+    }
+    assert moved[0] == {"c/model.safetensors", "c/rng_state_0.pth", "c/preprocessor_config.json"}
+    assert moved[1] == {f"c/{names[3]}"}
+    assert moved[10] == {f"c/{names[2]}", f"c/{names[4]}"}
+    assert not [p for p in written.rglob("*") if p.is_file()], "something was left behind"
+
+
+def test_from_another_file_system_files_are_copied_once_and_go(run: Run) -> None:
+    local = Path("/dev/shm/cpt-helpers-test")
+    if not local.parent.is_dir() or local.parent.stat().st_dev == run.storage.stat().st_dev:
+        pytest.skip("no second file system here")
+    shutil.rmtree(local, ignore_errors=True)
+    local.mkdir()
+    (local / "model.safetensors").write_bytes(b"abc" * 10_000)
+    try:
+        moved = checkpoints.move_own(local, run.folder / "c" / "checkpoint", 0)
+        assert not list(local.iterdir())
+    finally:
+        shutil.rmtree(local)
+    checkpoints.write_manifest(run.folder / "c", 1, 1, moved, {})
+    assert checkpoints._read(run.folder / "c", deep=True).whole
+
+
+def test_they_are_listed_in_order_whole_or_broken_and_why(run: Run) -> None:
+    places = {step: write(run, n, step) for n, step in enumerate((5, 10, 15, 20, 25))}
+    places[30] = write(run, 0, 30, attempt=LATER)
+    flip(shard(places[5]))
+    shard(places[10]).write_bytes(b"short")
+    shard(places[15]).unlink()
+    (places[20] / checkpoints.MANIFEST).unlink()
+    (places[25] / checkpoints.MANIFEST).write_text("{")
+    found = checkpoints.listing(run)
+    assert [c.step for c in found] == [5, 10, 15, 20, 25, 30]
+    why = [c.broken for c in found]
+    assert "sha256 differs" in why[0] and "rank_1" in why[0]
+    assert "has 5 bytes, not the 5,000" in why[1]
+    assert why[2].endswith("is missing")
+    assert why[3].startswith("it has no manifest")
+    assert why[4].startswith("its manifest cannot be read")
+    assert found[5].whole and found[5].world_size == 2 and found[5].bytes > 17_000
+    assert checkpoints.listing(run, deep=False)[0].whole, "only a byte by byte look sees it"
+
+
+def test_the_latest_is_the_newest_whole_one_and_says_what_it_passed_over(run: Run) -> None:
+    places = [write(run, n, step) for n, step in enumerate((5, 10, 15))]
+    flip(shard(places[2]))
+    said: list[str] = []
+    assert checkpoints.latest(run, said.append).step == 10
+    assert len(said) == 1 and "checkpoint_000002, step 15" in said[0] and "sha256" in said[0]
+    again = write(run, 0, 15, attempt=LATER)
+    said.clear()
+    assert checkpoints.latest(run, said.append).path == again and not said
+
+
+def test_none_whole_is_an_error_only_where_one_was_finished(run: Run) -> None:
+    assert checkpoints.latest(run) is None
+    half = run.folder / ATTEMPT / "checkpoint_000000" / "checkpoint"
+    half.mkdir(parents=True)
+    (half / "model.safetensors").write_bytes(b"half")
+    said: list[str] = []
+    assert checkpoints.latest(run, said.append) is None  # killed in its first save: begin anew
+    assert "never finished" in said[0]
+    note(run, {"event": "save", "step": 5})  # but here one had been finished
+    with pytest.raises(CheckpointError, match=r"none of the checkpoints(?s:.*)nothing was deleted"):
+        checkpoints.latest(run)
+    assert (half / "model.safetensors").is_file()
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        checkpoints.pick(run, "last", None)
+
+
+def test_the_last_ones_and_the_best_are_kept(run: Run) -> None:
+    for n, (step, loss) in enumerate([(5, 2.0), (10, 1.0), (15, None), (20, 1.5), (25, 3.0)]):
+        write(run, n, step, loss)
+    unfinished = run.folder / ATTEMPT / "checkpoint_000009"
+    unfinished.mkdir()
+    assert checkpoints.prune(run, 2, "d_heldout") == [5, 15]
+    assert [c.step for c in checkpoints.listing(run)] == [10, 20, 25]
+    assert not unfinished.exists()
+    assert checkpoints.pick(run, "best", "d_heldout").step == 10
+    assert checkpoints.pick(run, "last", "d_heldout").step == 25
+    assert checkpoints.prune(run, None, "d_heldout") == []
+
+
+def test_a_finished_checkpoint_is_never_written_over(run: Run) -> None:
+    place = write(run, 0, 5)
+    with pytest.raises(CheckpointError, match="over a finished one"):
+        checkpoints.clear(place)
+    (place / checkpoints.MANIFEST).unlink()
+    checkpoints.clear(place)
+    assert not place.exists()
+
+
+def test_records_go_back_to_the_checkpoints_step(run: Run) -> None:
+    start = {"event": "start", "step": 0, "time": 1.0, "max_steps": 9}
+    note(run, start, {"event": "eval", "step": 0, "time": 2.0})
+    note(run, *({"event": "step", "step": s, "loss": 9 - s, "time": 3.0 + s} for s in (1, 2, 3, 4)))
+    with run.metrics.open("a") as file:
+        file.write('{"event": "step", "st')  # cut short by a crash
+    run.output.mkdir()
+    log = run.output / "trainer_log.jsonl"
+    log.write_text("".join(json.dumps({"current_steps": s}) + "\n" for s in (1, 2, 3)))
+    worker.rewind(run, 2)
+    note(run, start | {"step": 2, "time": 99.0})
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert [(e["event"], e["step"]) for e in lines] == [
+        ("start", 0),
+        ("eval", 0),
+        ("step", 1),
+        ("step", 2),
+        ("start", 2),
+    ]
+    assert len(log.read_text().splitlines()) == 2
+    worker.rewind(run, 0)  # from the start: only how often it was begun is kept
+    assert [e["event"] for e in run.events()] == ["start", "start"]
+
+
+def test_a_run_is_trained_by_one_process(run: Run) -> None:
+    refused = pytest.raises(RunExistsError, match="being trained by another process")
+    with run.held(), refused, run.held():
+        pass
+    with run.held():
+        pass
+
+
+def test_another_number_of_workers_keeps_the_global_batch() -> None:
+    args = {"ray_num_workers": 4, "per_device_train_batch_size": 2}
+    two = config.with_workers(args, 2)
+    assert (two["ray_num_workers"], two["gradient_accumulation_steps"]) == (2, 2)
+    eight = config.with_workers(args, 8)
+    assert (eight["per_device_train_batch_size"], eight["gradient_accumulation_steps"]) == (1, 1)
+    assert config.global_batch(two) == config.global_batch(eight) == config.global_batch(args) == 8
+    assert config.with_workers(args, None) is args
+    with pytest.raises(ConfigError, match=r"3 workers cannot share a step of 8(?s:.*)1, 2, 4, 8"):
+        config.with_workers(args, 3)
+
+
+def test_what_may_change_when_a_run_is_taken_up_again(run: Run) -> None:
+    before = {"max_steps": 9, "dataset": "d", "ray_num_workers": 2, "save_steps": 5}
+    before |= {"per_device_train_batch_size": 2}
+    note(run, {"event": "start", "step": 0, "time": 1.0})
+    one = {"ray_num_workers": 1, "gradient_accumulation_steps": 2, "save_steps": 3}
+    config._refuse_other_training(run, before, before | one)
+    with pytest.raises(RunExistsError, match="the global batch was 4, is 2"):
+        config._refuse_other_training(run, before, before | {"ray_num_workers": 1})
+    with pytest.raises(RunExistsError, match=r"dataset was 'd', is 'e', max_steps was 9, is 10"):
+        config._refuse_other_training(run, before, before | {"max_steps": 10, "dataset": "e"})
+    note(run, {"event": "end", "step": 9, "time": 2.0})
+    with pytest.raises(RunExistsError, match="save_steps was 5, is 3"):
+        config._refuse_other_training(run, before, before | {"save_steps": 3})
+
+
+def test_groups_that_differ_in_nothing_are_one() -> None:
+    groups = [
+        {"params": [1], "weight_decay": 0.0, "lr": 1.0},
+        {"params": [2], "weight_decay": 0.0, "lr": 1.0},
+        {"params": [], "weight_decay": 0.1, "lr": 1.0},
+        {"params": [3], "weight_decay": 0.1, "lr": 2.0},
+    ]
+    optimizer = SimpleNamespace(param_groups=groups)
+    worker.merge_groups(optimizer)
+    assert [group["params"] for group in optimizer.param_groups] == [[1, 2], [3]]
+
+
+def test_the_room_a_run_takes() -> None:
+    """SmolLM2-135M in fp32: 16.0 bytes a parameter were measured in its checkpoints."""
+    size = planning.ModelSize("m", 134_515_008, 1, trained=134_515_008)
+    args = {"finetuning_type": "full", "deepspeed": "z3", "save_steps": 10}
+    disk = planning.disk(args, size, steps=20)
+    assert disk.checkpoint == pytest.approx(2.16e9 / 2**30, rel=0.01) and disk.kept == 2
+    many = planning.disk(args | {"save_total_limit": 2}, size, steps=500)
+    assert many.kept == 4  # two, the best, and the one being written
+    assert many.total == pytest.approx(4 * many.checkpoint + 2 * many.model, rel=0.01)
