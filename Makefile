@@ -1,10 +1,14 @@
-# run · test · lint · lab: each sets up .venv by itself the first time.
+# run · test · test-faults · bench-data · bench-replay · lint · lab: each sets up .venv by itself the first time.
 PYTHON ?= python3
 RUN ?= cpt-cpu
 CONFIG ?=
 CORPUS ?=
 STORAGE ?=
 OVERRIDES ?=
+PARAMETERS ?=
+
+FAULTS ?= faults
+SEEN := benchmarks/results/faults.jsonl
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -12,16 +16,30 @@ READY := $(VENV)/.ready
 # A folder of wheels, where there is one: pip knows PIP_FIND_LINKS by itself, uv has to be told.
 FIND_LINKS := $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)")
 
-.PHONY: run test lint lab setup clean
+.PHONY: run test test-faults bench-data bench-replay lint lab setup clean
 
-## all six notebooks in order: make run [RUN=name CONFIG=recipe CORPUS=corpus OVERRIDES='{key: value}']
+## all six notebooks in order: make run [RUN=name CONFIG=recipe CORPUS=corpus OVERRIDES='{key: value}' …]
 run: $(READY)
 	@$(PY) -m cpt_helpers run --run "$(RUN)" --config "$(CONFIG)" --corpus "$(CORPUS)" \
-		--storage "$(STORAGE)" --overrides "$(OVERRIDES)"
+		--storage "$(STORAGE)" --overrides "$(OVERRIDES)" --parameters "$(PARAMETERS)"
 
 ## every test, real trainings included
 test: $(READY)
 	@$(PY) -m pytest
+
+## trainings that are killed, stopped, starved and damaged: 40 minutes; FAULTS=chosen for a third
+test-faults: $(READY)
+	@rm -f $(SEEN)
+	@CPT_FAULTS_TABLE="$(SEEN)" $(PY) -m pytest -m "$(FAULTS)" tests/test_faults.py
+	@PYTHONPATH=tests $(PY) -m faults.table "$(SEEN)"
+
+## does cleaning find what was planted, in bounded memory and time? 10 MB, 100 MB, 1 GB
+bench-data: $(READY)
+	@PYTHONPATH=. $(PY) benchmarks/data.py
+
+## what replaying general text costs and keeps: three trainings of the default, a quarter of an hour
+bench-replay: $(READY)
+	@PYTHONPATH=. $(PY) benchmarks/replay.py
 
 ## style, and notebooks without outputs
 lint: $(READY)

@@ -17,7 +17,10 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--config", default="", help="a recipe of train-configs/, or a path")
     common.add_argument("--corpus", default="", help="a built-in name, package:<name>, path or URL")
     common.add_argument("--overrides", default="", help="LLaMA-Factory keys: '{max_steps: 10}'")
-    commands.add_parser("run", parents=[common], help="run the six notebooks in order")
+    run = commands.add_parser("run", parents=[common], help="run the six notebooks in order")
+    run.add_argument(
+        "--parameters", default="", help="other notebook parameters: '{REPLAY: {news: 0.05}}'"
+    )
     train = commands.add_parser("train", parents=[common], help="train, without the notebooks")
     train.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     train.add_argument("--retries", type=int, default=3, help="restarts after a worker's failure")

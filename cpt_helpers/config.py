@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .data import HELD_OUT, read_registry
-from .errors import ConfigError, RunExistsError, nearest
+from . import checks
+from .checks import line_of, names_of
+from .errors import ConfigError, RunExistsError
+from .registry import HELD_OUT
 from .run import PROJECT, Run
 
 RECIPES = PROJECT / "train-configs"
@@ -113,14 +114,22 @@ def corpus_of(train_config: str, overrides: dict[str, Any]) -> str:
     return names.split(",")[0].strip()
 
 
-def resolve(run: Run, train_config: str, overrides: dict[str, Any], corpus: str) -> Resolved:
+def resolve(
+    run: Run,
+    train_config: str,
+    overrides: dict[str, Any],
+    corpus: str,
+    blocks: str | None = None,
+) -> Resolved:
     """Makes a recipe the run's own: overrides, corpus, absolute paths, the run's folders.
 
     Args:
         run: Whose folders it is to use.
         train_config: The recipe.
         overrides: LLaMA-Factory keys to set; ``None`` takes a key out.
-        corpus: The prepared corpus to train on, by its registry name.
+        corpus: The prepared corpora to train on, by their registry names, joined by commas; the
+            first one is the domain.
+        blocks: The folder of what was tokenised of them; without it the workers tokenise.
 
     Raises:
         ConfigError: A key, a value, a model, a dataset or the DeepSpeed file is not known.
@@ -130,12 +139,16 @@ def resolve(run: Run, train_config: str, overrides: dict[str, Any], corpus: str)
     for key, value in overrides.items():
         args[key], why[key] = value, "OVERRIDES"
     args = {key: value for key, value in args.items() if value is not None}
-    check_keys(args, path, overrides)
+    checks.check_keys(args, path, overrides)
     if corpus != args.get("dataset"):
         args["dataset"], why["dataset"] = corpus, "CORPUS"
-        others = [n for n in _names(args.get("eval_dataset")) if n == "news" + HELD_OUT]
-        args["eval_dataset"] = ",".join([corpus + HELD_OUT, *others])
+        others = [n for n in names_of(args.get("eval_dataset")) if n == "news" + HELD_OUT]
+        domain = names_of(corpus)[0]
+        others = [name for name in others if name != domain + HELD_OUT]
+        args["eval_dataset"] = ",".join([domain + HELD_OUT, *others])
         why["eval_dataset"] = "CORPUS"
+    if blocks:
+        args["tokenized_path"], why["tokenized_path"] = blocks, "tokenised in step 2"
     for key, value in args.items():
         rebased = _on_storage(value, run.storage, path_like=key in ("model_name_or_path",))
         if rebased != value:
@@ -150,13 +163,17 @@ def resolve(run: Run, train_config: str, overrides: dict[str, Any], corpus: str)
         deepspeed = _deepspeed_file(str(args["deepspeed"]), path)
         args["deepspeed"] = str(run.config_dir / deepspeed.name)
         why["deepspeed"] = f"a copy of {deepspeed.name} the workers can read"
-    _refuse_secrets(args, path)
+    if taken := checks.take_secrets(args):
+        why["ray_init_kwargs"] = f"taken out: {', '.join(taken)}; export them instead"
+    checks.refuse_secrets(args, path)
     if args.get("stage") == "pt" and args.pop("packing", None):
         why["packing"] = "stage pt packs by itself; asked to, 0.9.3 cuts blocks a token short"
     if args.get("use_cpu") and args.get("bf16") and "bf16" not in overrides and not cpu_has_bf16():
         args["bf16"], why["bf16"] = False, "this CPU has no bf16 instructions: fp32 is faster"
-    _check_datasets(args, path)
-    _check_numbers(args, path)
+    checks.check_datasets(args, path)
+    checks.check_numbers(args, path)
+    if taken:  # nor may it be shown
+        recipe = recipe | {"ray_init_kwargs": f"(with {', '.join(taken)})"}
     changes = [
         Change(key, recipe.get(key), args.get(key), reason)
         for key, reason in why.items()
@@ -269,57 +286,6 @@ def cpu_has_bf16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-@cache
-def known_keys() -> dict[str, Any]:
-    """Every key LLaMA-Factory's training takes, with its argparse action."""
-    from llamafactory.hparams import parser as hparams
-    from transformers import HfArgumentParser
-
-    parser = HfArgumentParser(hparams._TRAIN_ARGS)
-    return {action.dest: action for action in parser._actions if action.dest != "help"}
-
-
-def check_keys(args: dict[str, Any], path: Path, overrides: dict[str, Any]) -> None:
-    """Refuses keys LLaMA-Factory does not know, and values that are none of a key's choices.
-
-    Raises:
-        ConfigError: With the nearest known key, or the choices.
-    """
-    known = known_keys()
-    for key, value in args.items():
-        where = "OVERRIDES" if key in overrides else f"{path}{_line_of(path, key)}"
-        if key not in known:
-            raise ConfigError(
-                f"unknown key '{key}'",
-                where=where,
-                expected=f"a LLaMA-Factory argument ({nearest(key, known)})",
-                do="correct the name or leave it out",
-            )
-        action = known[key]
-        if action.choices and value not in action.choices and str(value) not in action.choices:
-            raise ConfigError(
-                f"{key}: {value!r} is not a choice",
-                where=where,
-                expected=", ".join(map(str, action.choices)),
-                do="choose one of these",
-            )
-        if action.type in (int, float) and not isinstance(value, bool):
-            try:
-                action.type(value)
-            except (TypeError, ValueError):
-                raise ConfigError(
-                    f"{key}: {value!r} is not a number",
-                    where=where,
-                    expected="an integer" if action.type is int else "a number",
-                    do="correct the value",
-                ) from None
-
-
-def _names(value: Any) -> list[str]:
-    names = value if isinstance(value, list) else str(value or "").split(",")
-    return [name.strip() for name in names if name.strip()]
-
-
 def _on_storage(value: Any, storage: Path, *, path_like: bool) -> Any:
     """A recipe's ``cluster_storage/…`` as a path of this storage; local model folders absolute."""
     if not isinstance(value, str):
@@ -347,100 +313,19 @@ def _deepspeed_file(name: str, path: Path) -> Path:
     shipped = ", ".join(p.name for p in sorted(DEEPSPEED_CONFIGS.glob("*.json")))
     raise ConfigError(
         f"the DeepSpeed file '{name}' does not exist",
-        where=f"{path}{_line_of(path, 'deepspeed')}",
+        where=f"{path}{line_of(path, 'deepspeed')}",
         expected=f"a path, or one of {shipped}",
         do="correct `deepspeed`",
     )
 
 
-def _check_datasets(args: dict[str, Any], path: Path) -> None:
-    folder = Path(str(args.get("dataset_dir", "data")))
-    registry = read_registry(folder / "dataset_info.json")
-    for key in ("dataset", "eval_dataset"):
-        for name in _names(args.get(key)):
-            if name not in registry:
-                raise ConfigError(
-                    f"unknown dataset '{name}'",
-                    where=f"{key} in {path}{_line_of(path, key)}",
-                    expected=f"a name in {folder}/dataset_info.json ({nearest(name, registry)})",
-                    do="run notebook 02_data with this corpus, or correct the name",
-                )
-            file_name = registry[name].get("file_name")
-            if file_name and not (folder / file_name).exists():
-                raise ConfigError(
-                    f"the dataset '{name}' is registered, but its file is not there",
-                    where=folder / file_name,
-                    do=f"run notebook 02_data with CORPUS={name.removesuffix(HELD_OUT)}",
-                )
-
-
-def _refuse_secrets(args: dict[str, Any], path: Path) -> None:
-    """A token in a recipe would be in every checkpoint, in Ray's and in MLflow's records."""
-    for name in worker_variables(args):
-        if any(mark in name.upper() for mark in ("TOKEN", "SECRET", "PASSWORD", "API_KEY")):
-            raise ConfigError(
-                f"the recipe holds a secret, {name}",
-                where=f"ray_init_kwargs in {path}",
-                expected="secrets in the environment only",
-                do=f"take it out of the file and `export {name}=…` before starting; "
-                "it is handed to the workers from there",
-            )
-
-
-def _check_numbers(args: dict[str, Any], path: Path) -> None:
-    timeout = args.get("ddp_timeout", 1800)
-    if not isinstance(timeout, int) or not 10 <= timeout <= 86400:
-        raise ConfigError(
-            f"ddp_timeout: {timeout!r}",
-            where=f"{path}{_line_of(path, 'ddp_timeout')}",
-            expected="seconds that a worker may keep the others waiting, 10 to 86,400 (a day)",
-            do="minutes, such as 1800: with years a hung run is never noticed, and always paid for",
-        )
-    if args.get("load_best_model_at_end"):
-        raise ConfigError(
-            "load_best_model_at_end looks for checkpoints in output_dir, and they are on the "
-            "storage",
-            where=f"{path}{_line_of(path, 'load_best_model_at_end')}",
-            do="leave it out: the best checkpoint is kept, and step 6 exports it",
-        )
-    for key, least in (
-        ("cutoff_len", 2),
-        ("ray_num_workers", 1),
-        ("per_device_train_batch_size", 1),
-        ("gradient_accumulation_steps", 1),
-    ):
-        if key == "cutoff_len" and key not in args:
-            args[key] = 2048  # LLaMA-Factory's default, said out loud
-        value = args.get(key, least)
-        if not isinstance(value, int) or value < least:
-            raise ConfigError(
-                f"{key}: {value!r}",
-                where=f"{path}{_line_of(path, key)}",
-                expected=f"a whole number, {least} or more",
-                do="correct the value",
-            )
-
-
-def _line_of(path: Path, key: str) -> str:
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
-        if line.startswith(f"{key}:"):
-            return f":{number}"
-    return ""
-
-
-def worker_variables(args: dict[str, Any]) -> dict[str, str]:
-    """The environment variables a recipe sets for its workers (``ray_init_kwargs``)."""
-    environment = (args.get("ray_init_kwargs") or {}).get("runtime_env") or {}
-    return {name: str(value) for name, value in (environment.get("env_vars") or {}).items()}
-
-
 def held_out_of(args: dict[str, Any]) -> dict[str, str]:
     """The roles of the held-out sets: ``{"domain": …, "general": …}`` by registry name.
 
-    The domain is the held-out half of what is trained on; general text is the first other one.
+    The domain is the held-out half of the first corpus trained on; general text the first other.
     """
-    names = _names(args.get("eval_dataset"))
-    own = [name + HELD_OUT for name in _names(args.get("dataset"))]
+    names = names_of(args.get("eval_dataset"))
+    own = [name + HELD_OUT for name in names_of(args.get("dataset"))[:1]]
     roles = {"domain": next((n for n in names if n in own), None)}
     roles["general"] = next((n for n in names if n not in own), None)
     return {role: name for role, name in roles.items() if name}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import logging
 import os
@@ -113,6 +114,21 @@ def report(storage: Path) -> Report:
     )
 
 
+def machine() -> str:
+    """The machine in words, as figures measured on it are marked."""
+    import psutil
+
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = psutil.virtual_memory().total / 2**30
+    return ", ".join([f"{cores} cores of {name}", f"{memory:.0f} GiB", *_gpus()])
+
+
 def pinned() -> dict[str, str]:
     """The exact pins of ``requirements.txt``; empty where there is no project around."""
     requirements = PROJECT / "requirements.txt"
@@ -120,20 +136,31 @@ def pinned() -> dict[str, str]:
     return {match[1].lower(): match[2] for line in lines if (match := _PIN.match(line))}
 
 
-def require_room(storage: Path, need_gib: float) -> None:
+def require_room(storage: Path, need_gib: float, what: str = "") -> None:
     """Refuses a storage with too little room.
+
+    Args:
+        storage: The storage.
+        need_gib: What will be written, in GiB.
+        what: That in words.
 
     Raises:
         StorageError: With both numbers.
     """
-    free = shutil.disk_usage(storage).free / 2**30
-    if free < need_gib:
+    free = shutil.disk_usage(storage).free
+    if free < need_gib * 2**30:
         raise StorageError(
-            f"the storage has too little room: {free:.1f} GiB free, {need_gib:.1f} GiB needed",
+            f"the storage has too little room: {in_words(free)} free, "
+            f"{in_words(need_gib * 2**30)} needed",
             where=storage,
-            expected=f"{need_gib:.1f} GiB for checkpoints, the final model and the export",
-            do="make room, or give another STORAGE",
+            expected=what or "room for checkpoints, the final model and the export",
+            do="make room, keep fewer checkpoints (save_total_limit), or give another STORAGE",
         )
+
+
+def in_words(count: float) -> str:
+    """Bytes as a reader says them."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 @contextmanager

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .data import pack
 from .errors import AssetError, ExportError
+from .packing import pack
 from .streams import hushed
 
 if TYPE_CHECKING:

@@ -13,27 +13,22 @@ import shutil
 import statistics
 import time
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from . import checkpoints, config, environment, planning, show, tracking
-from .errors import CptError, Interrupted, StorageError, TrainingError
+from . import (
+    checkpoints,
+    config,
+    environment,
+    failures,
+    planning,
+    resharding,
+    show,
+    tracking,
+)
+from .errors import CptError, Interrupted, TrainingError
 from .run import Run
 
 RETRIES = 3  # restarts after a failure, by default
-# What a rank says when another one is gone: no cause, but its consequence.
-_CONSEQUENCES = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "DistBackendError",
-    "DistNetworkError",
-    "gloo",
-    "NCCL",
-    "Timed out",
-)
-_TIMED_OUT = ("Timed out", "timed out", "Timeout(ms)", "Watchdog caught collective")
-_FULL = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing")
 
 
 def train(
@@ -74,7 +69,7 @@ def train(
         world_size = args.get("ray_num_workers", 1)
         if resumed and args.get("deepspeed") and resumed.world_size != world_size:
             print(f"its checkpoint is converted from {resumed.world_size} to {world_size} workers")
-            checkpoints.universal(run, resumed, world_size)
+            resharding.universal(run, resumed, world_size)
         with environment.cluster() as ray:
             each = {kind: float(n) for kind, n in _resources(args).items()}
             environment.require_workers(ray, world_size, each)
@@ -128,21 +123,22 @@ def _resources(args: dict[str, Any]) -> dict[str, float]:
 
 def _require_room(run: Run, args: dict[str, Any], resumed: checkpoints.Checkpoint | None) -> None:
     """Refuses a run whose checkpoints would fill the storage; what is there already is counted."""
-    need = _disk_gib(run, args)
+    need = _disk(run, args)
     have = sum(c.bytes for c in checkpoints.listing(run, deep=False)) / 2**30 if resumed else 0.0
-    environment.require_room(run.storage, max(need - have, 0.0))
+    there = f"; {have:.3g} GiB of it are there" if have else ""
+    environment.require_room(run.storage, max(need.total - have, 0.0), need.in_words() + there)
 
 
-def _disk_gib(run: Run, args: dict[str, Any]) -> float:
-    """The plan's figure; where the run was not planned, the checkpoints it must hold at once."""
+def _disk(run: Run, args: dict[str, Any]) -> planning.Disk:
+    """The plan's figures; where the run was not planned, from its model."""
     plan = run.results().get("plan", {})
-    if "disk_gib" in plan:
-        return plan["disk_gib"]
+    if "disk" in plan:
+        return planning.Disk(**plan["disk"])
     from .export import config_of
 
     size = planning.model_size(config_of(args["model_name_or_path"]), "", args)
     steps = max(args.get("max_steps", -1), 1)
-    return planning.disk(args, size, steps).total
+    return planning.disk(args, size, steps)
 
 
 def _fit(
@@ -202,8 +198,8 @@ def _fit(
         ) from None
     except CptError:
         raise
-    except (TrainingFailedError, RuntimeError, ValueError) as error:
-        raise _readable(run, str(error), attempts) from None
+    except (TrainingFailedError, RuntimeError, ValueError, OSError) as error:
+        raise failures.readable(run, str(error), attempts.began) from None
 
 
 class _Attempts:
@@ -226,9 +222,9 @@ class _Attempts:
             event["event"] == "start" and event["time"] >= self.began[-1]
             for event in self.run.events()
         )
-        cause = _cause(self.run, self.began[-1])
+        cause = failures.cause_of(self.run, self.began[-1])
         if cause.full or (cause.reason and not trained):
-            raise _readable(self.run, "", self)
+            raise failures.readable(self.run, "", self.began)
         show.say(
             f"{cause.sentence}; restart {len(self.began)} of {self.retries} "
             "from the newest whole checkpoint"
@@ -252,7 +248,7 @@ def evidence(run: Run) -> list[str]:
     found: list[str] = []
     for log in sorted(run.logs.glob("rank-*.log")):
         for mark in marks:
-            lines = [line for line in _last_attempt(log) if mark in line]
+            lines = [line for line in failures.last_attempt(log) if mark in line]
             if lines:
                 said = re.sub(r"^.*?(>> |\] (?=\S))", "", lines[0]).strip()
                 found.append(f"{log.stem}: {said}"[:160])
@@ -278,91 +274,3 @@ def _quiet() -> Any:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-class _Cause:
-    """Why an attempt failed, as far as the ranks' logs say.
-
-    Attributes:
-        log: The log of the rank that failed first; ``None`` where no rank began.
-        reason: Its exception; empty where it was killed and the others only noticed.
-        sentence: The same in words.
-        full: The storage had no room left.
-    """
-
-    def __init__(self, logs: list[Path]) -> None:
-        tails = {log: _last_attempt(log) for log in logs}
-        errors = {log: [line for line in tails[log] if _is_exception(line)] for log in logs}
-        causes = {
-            log: lines[-1]
-            for log, lines in errors.items()
-            if lines and not any(mark in lines[-1] for mark in _CONSEQUENCES)
-        }
-        silent = [log for log in logs if not errors[log]]
-        said = "\n".join(line for log in logs for line in tails[log][-60:])
-        # The rank that failed first ended first; the others only lost their connection to it.
-        ended = sorted(causes or silent or logs, key=lambda log: log.stat().st_mtime)
-        self.log = ended[0] if ended else None
-        self.lines = tails[self.log] if self.log else []
-        self.reason = causes.get(self.log, "") if self.log else ""
-        self.full = any(mark in said for mark in _FULL)
-        names = " and ".join(log.stem.replace("-", " ") for log in silent)
-        if self.reason:
-            self.sentence = f"{self.log.stem.replace('-', ' ')} failed: {self.reason}"
-        elif any(mark in said for mark in _TIMED_OUT):
-            self.sentence = "a worker hung: the others waited for it as long as ddp_timeout says"
-        elif silent:
-            self.sentence = f"{names} ended without a word: killed, or out of memory"
-        else:
-            self.sentence = "a worker was lost"
-
-
-def _cause(run: Run, since: float) -> _Cause:
-    logs = sorted(run.logs.glob("rank-*.log"))
-    return _Cause([log for log in logs if log.stat().st_mtime >= since])
-
-
-def _readable(run: Run, said: str, attempts: _Attempts) -> CptError:
-    """A failed training as one error: the first cause a rank named, its last lines, its log."""
-    cause = _cause(run, attempts.began[-1])
-    if cause.log is None:
-        return TrainingError(
-            f"the workers could not be started: {_last_line(said)}",
-            where=run.folder,
-            do="look at Ray's own logs in /tmp/ray/session_latest/logs on the node that failed",
-        )
-    where = "\n".join([f"{cause.log}, its last lines:", *cause.lines[-12:]])
-    if cause.full:
-        free = shutil.disk_usage(run.storage).free
-        sizes = [event["bytes"] for event in run.events() if event["event"] == "save"]
-        each = f", a checkpoint takes {sizes[-1] / 2**30:.2f} GiB" if sizes else ""
-        return StorageError(
-            f"the storage ran full while '{run.name}' wrote to it: "
-            f"{free / 2**30:.2f} GiB free{each}",
-            where=where,
-            expected="room for one checkpoint more than save_total_limit keeps",
-            do="make room and give the same command again: it goes on from the newest whole "
-            "checkpoint",
-        )
-    tried = f" ({len(attempts.began)} attempts)" if len(attempts.began) > 1 else ""
-    return TrainingError(
-        f"training failed in a worker{tried}: {cause.reason or cause.sentence}",
-        where=where,
-        do="mend the cause and run this again: it goes on from the newest checkpoint "
-        "(a change of the recipe needs a new RUN_NAME)",
-    )
-
-
-def _last_attempt(log: Path) -> list[str]:
-    text = log.read_text("utf-8", errors="replace").replace("\r", "\n")
-    attempt = re.split(r"^--- rank \d+, .*$", text, flags=re.MULTILINE)[-1]
-    return [line.rstrip()[:300] for line in attempt.splitlines() if line.strip()]
-
-
-def _is_exception(line: str) -> bool:
-    return bool(re.match(r"^([A-Za-z_][\w.]*)?(Error|Exception|Interrupt|Exit)\b.*", line))
-
-
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "no reason was given"

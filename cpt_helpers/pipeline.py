@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import assets, config, data, environment, launch, show
+from . import assets, config, data, environment, launch, mixing, show
 from .errors import ParameterError, RunExistsError, StepError
 from .run import PROJECT, STEPS, Run, as_overrides, defining_parameters, refuse_other_settings
 
@@ -107,7 +107,7 @@ def summary_table(run: Run) -> str:
 
 def main(arguments: Any) -> int:
     """``python -m cpt_helpers run``: all six notebooks, then the table."""
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] = as_overrides(arguments.parameters)
     if arguments.config:
         parameters["TRAIN_CONFIG"] = arguments.config
     if arguments.corpus:
@@ -123,10 +123,12 @@ def main(arguments: Any) -> int:
 
 def configure(run: Run, train_config: str, corpus: str, overrides: dict[str, Any]) -> None:
     """What notebooks 01 to 03 leave for the training, without them: model, corpus, recipe."""
-    assets.obtain(config.model_of(train_config, overrides, run.storage), run.storage)
+    model = assets.obtain(config.model_of(train_config, overrides, run.storage), run.storage)
     domain = data.prepare(corpus or config.corpus_of(train_config, overrides), run.storage)
-    data.prepare("news", run.storage)
-    config.write(run, config.resolve(run, train_config, overrides, domain.name))
+    general = data.prepare("news", run.storage)
+    recipe = config.read_recipe(train_config)[1] | overrides
+    made = mixing.for_recipe(recipe, [(domain, 1.0)], [domain, general], assets.tokenizer_of(model))
+    config.write(run, config.resolve(run, train_config, overrides, domain.name, str(made.path)))
 
 
 def train(arguments: Any) -> int:

@@ -95,6 +95,12 @@ class Disk:
     model: float
     total: float
 
+    def in_words(self) -> str:
+        return (
+            f"{self.kept} checkpoints of {self.checkpoint:.3g} GiB at once, the final model and "
+            f"its export of {self.model:.3g} GiB"
+        )
+
 
 def disk(args: dict[str, Any], size: ModelSize, steps: int) -> Disk:
     """What a resolved recipe will write.

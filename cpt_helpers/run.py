@@ -24,7 +24,17 @@ CLUSTER_STORAGE = Path("/mnt/cluster_storage")  # shared by all nodes of an Anys
 _SHARED_FOLDERS = ("models", "corpora", "mlflow")  # beside the runs, on the same storage
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # These decide what a run trains; the rest of the parameters only decide what is shown.
-_DEFINING = ("TRAIN_CONFIG", "CORPUS", "OVERRIDES")
+_DEFINING = (
+    "TRAIN_CONFIG",
+    "CORPUS",
+    "TEXT_COLUMN",
+    "MAX_SAMPLES",
+    "TOLERATE",
+    "CLEAN",
+    "REPLAY",
+    "EPOCHS",
+    "OVERRIDES",
+)
 
 
 @dataclass(frozen=True)
@@ -239,6 +249,15 @@ def defining_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
     defining = {key: parameters[key] for key in _DEFINING if key in parameters}
     if "OVERRIDES" in defining:
         defining["OVERRIDES"] = as_overrides(defining["OVERRIDES"])
+    from .checks import has_token
+
+    for key, value in defining.items():
+        if has_token(value):
+            raise ParameterError(
+                f"{key} holds a token",
+                expected="secrets in the environment only: parameters stand in notebooks",
+                do="`export HF_TOKEN=…` before starting, and take it out of the parameter",
+            )
     return defining
 
 
@@ -333,7 +352,7 @@ def write_json(path: Path, values: Any) -> None:
 
 def _refuse_unknown(step: str, parameters: Mapping[str, Any]) -> None:
     """Papermill only warns of a parameter a notebook does not have; here it is an error."""
-    for key in ("RUN_NAME", "STORAGE", "TRAIN_CONFIG", "CORPUS"):
+    for key in ("RUN_NAME", "STORAGE", "TRAIN_CONFIG", "TEXT_COLUMN"):
         value = parameters.get(key)
         if value is not None and not isinstance(value, str):
             raise ParameterError(

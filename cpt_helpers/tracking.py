@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from . import show
-from .config import worker_variables
+from .checks import worker_variables
 from .errors import TrackingError
 from .run import Run
 from .streams import hushed

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from . import checkpoints
+from . import checkpoints, resharding
 from .config import held_out_of
 from .run import Run
 from .streams import redirected
@@ -134,7 +134,7 @@ def _taking_up(
         return changed | {"overwrite_output_dir": True, "resume_from_checkpoint": None}
     folder = Path(resumed["path"], "checkpoint")
     if args.get("deepspeed") and resumed["world_size"] != world_size:
-        folder = checkpoints.universal_folder(run, resumed["step"], world_size)
+        folder = resharding.universal_folder(run, resumed["step"], world_size)
         settings = json.loads(Path(args["deepspeed"]).read_text("utf-8"))
         changed["deepspeed"] = settings | {"checkpoint": {"load_universal": True}}
     return changed | {

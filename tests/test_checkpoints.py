@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from cpt_helpers import checkpoints, config, planning, worker
-from cpt_helpers.errors import CheckpointError, ConfigError, RunExistsError
+from cpt_helpers.errors import CheckpointError, ConfigError, RunExistsError, StorageError
 from cpt_helpers.run import Run
 
 ATTEMPT = "TorchTrainer_ab12c_00000_0_2026-11-22_10-00-00"
@@ -235,6 +235,15 @@ def test_groups_that_differ_in_nothing_are_one() -> None:
     optimizer = SimpleNamespace(param_groups=groups)
     worker.merge_groups(optimizer)
     assert [group["params"] for group in optimizer.param_groups] == [[1, 2], [3]]
+
+
+def test_too_little_room_is_refused_with_both_numbers(run: Run) -> None:
+    from cpt_helpers import launch
+
+    disk = {"checkpoint": 1e6, "kept": 4, "model": 1.0, "total": 4e6}
+    run.record("03_config", {"plan": {"disk": disk}})
+    with pytest.raises(StorageError, match=r"GiB free, 4000000\.0 GiB needed(?s:.*)4 checkpoints"):
+        launch._require_room(run, {}, None)
 
 
 def test_the_room_a_run_takes() -> None:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from conftest import python
 
-from cpt_helpers import config, data, planning
+from cpt_helpers import checks, config, data, planning, registry, sources
 from cpt_helpers.errors import ConfigError, RunExistsError
 from cpt_helpers.run import PROJECT, Run
 
@@ -127,8 +127,8 @@ print(json.dumps(found))
 
 
 def test_the_shipped_registry_names_the_built_in_corpora() -> None:
-    shipped = data.read_registry(PROJECT / "dataset-configs" / "dataset_info.json")
-    assert set(shipped) == {n + s for n in data.BUILTIN for s in ("", data.HELD_OUT)}
+    shipped = registry.read_registry(PROJECT / "dataset-configs" / "dataset_info.json")
+    assert set(shipped) == {n + s for n in sources.BUILTIN for s in ("", registry.HELD_OUT)}
     assert all(entry["columns"] == {"prompt": "text"} for entry in shipped.values())
 
 
@@ -164,9 +164,14 @@ def test_a_corpus_of_ones_own_takes_both_places(resolve) -> None:
         ({"eval_dataset": "nonews"}, r"unknown dataset 'nonews'"),
         ({"eval_dataset": "my_cpt_c4_heldout"}, r"registered, but its file is not there"),
         ({"deepspeed": "ds_z4_config.json"}, r"'ds_z4_config.json' does not exist(?s:.*)ds_z3"),
+        ({"hf_hub_token": "hf_canary"}, r"holds a secret, hf_hub_token"),
         (
-            {"ray_init_kwargs": {"runtime_env": {"env_vars": {"HF_TOKEN": "hf_canary"}}}},
-            r"holds a secret, HF_TOKEN",
+            {"ray_init_kwargs": {"runtime_env": {"env_vars": {"X": "hf_canary_0123456789"}}}},
+            r"holds a secret, ray_init_kwargs\.runtime_env\.env_vars\.X",
+        ),
+        (
+            {"run_name": None, "adapter_name_or_path": "<your_adapter>"},
+            r"a placeholder was left in",
         ),
     ],
 )
@@ -174,6 +179,24 @@ def test_what_cannot_work_is_refused(resolve, overrides: dict, message: str) -> 
     with pytest.raises(ConfigError, match=message) as refused:
         resolve(**overrides)
     assert "hf_canary" not in str(refused.value)
+
+
+def test_a_token_where_guides_put_it_is_taken_out(resolve, monkeypatch) -> None:
+    """And handed to the workers by memory, where it was a real one."""
+    from cpt_helpers import tracking
+
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "mine")
+    variables = {"HF_TOKEN": "hf_canary_0123456789", "MLFLOW_TRACKING_TOKEN": "<your_token>"}
+    variables["HF_HUB_ENABLE_HF_TRANSFER"] = "1"
+    resolved = resolve(ray_init_kwargs={"runtime_env": {"env_vars": variables}})
+    kept = {"runtime_env": {"env_vars": {"HF_HUB_ENABLE_HF_TRANSFER": "1"}}}
+    assert resolved.args["ray_init_kwargs"] == kept
+    assert "canary" not in str(resolved.args) + str(resolved.changes)
+    handed = tracking.worker_environment(Run("r", Path("/s")), resolved.args)
+    assert handed["HF_TOKEN"] == "hf_canary_0123456789"
+    assert handed["MLFLOW_TRACKING_TOKEN"] == "mine"
+    monkeypatch.delenv("HF_TOKEN")
 
 
 def test_a_recipe_that_is_not_there_or_not_yaml(tmp_path: Path) -> None:
@@ -184,7 +207,7 @@ def test_a_recipe_that_is_not_there_or_not_yaml(tmp_path: Path) -> None:
         config.read_recipe(str(tmp_path / "bad.yaml"))
     (tmp_path / "typo.yaml").write_text("stage: pt\nuse_cpu: true\nlearning_rat: 1\n")
     with pytest.raises(ConfigError, match=r"'learning_rat'(?s:.*)typo\.yaml:3"):
-        config.check_keys(*reversed(config.read_recipe(str(tmp_path / "typo.yaml"))), {})
+        checks.check_keys(*reversed(config.read_recipe(str(tmp_path / "typo.yaml"))), {})
 
 
 def test_the_plan_is_what_the_trainer_does() -> None:

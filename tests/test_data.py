@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cpt_helpers import assets, data
+from cpt_helpers import data, registry
 from cpt_helpers.errors import AssetError, DataError
 
 GOOD = b'{"text": "a document"}'
@@ -32,6 +32,10 @@ def write(path: Path, *lines: bytes) -> Path:
         (b'{"text": 7}', "`text` is int, not a string"),
         (b'{"text": null}', "`text` is NoneType, not a string"),
         ('{"text": "Käse"}'.encode("latin-1"), "not UTF-8 (byte 12 of the line is 0xe4)"),
+        (b'{"text": "a\\u0000b"}', "a NUL byte at character 2"),
+        (b'{"text": "a \\ud800"}', "a lone surrogate, U+D800, at character 3"),
+        (b"[" * 5000, "not JSON"),
+        (b'{"text": "' + b"x" * 10_000_001 + b'"}', "longer than 10,000,000 bytes (10,000,014)"),
     ],
 )
 def test_a_bad_line_is_named_by_its_number(tmp_path: Path, line: bytes, problem: str) -> None:
@@ -39,29 +43,46 @@ def test_a_bad_line_is_named_by_its_number(tmp_path: Path, line: bytes, problem:
     with pytest.raises(DataError) as refused:
         data.prepare(str(path), tmp_path)
     assert f"c.jsonl:3: {problem}" in str(refused.value)
-    assert "1 of 4 lines" in str(refused.value)
-    assert not (tmp_path / "corpora").exists() and not (tmp_path / data.REGISTRY).exists()
+    assert "1 of 4 records" in str(refused.value)
+    assert not (tmp_path / "corpora" / "c").exists() and not (tmp_path / registry.REGISTRY).exists()
 
 
 def test_many_bad_lines_are_counted(tmp_path: Path) -> None:
     path = write(tmp_path / "c.jsonl", *[b"{"] * 8, GOOD)
-    with pytest.raises(DataError, match=r"(?s)8 of 9 lines.*c\.jsonl:5.*and 3 more") as refused:
-        data.read_jsonl(path)
+    with pytest.raises(DataError, match=r"(?s)8 of 9 records.*c\.jsonl:5.*and 3 more") as refused:
+        data.prepare(str(path), tmp_path)
     assert "c.jsonl:6" not in str(refused.value)
+
+
+def test_some_may_be_tolerated_and_none_is_lost(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"document number {i}"}).encode() for i in range(96)]
+    path = write(tmp_path / "c.jsonl", *lines[:50], b"{oops", b'{"text": 7}', *lines[50:])
+    found = data.prepare(str(path), tmp_path, tolerate=0.03, fraction=0.2)
+    assert (found.records, found.documents + found.heldout_documents) == (98, 96)
+    assert found.rejected == {"not JSON": 1, "`text` is int": 1}
+    rejects = [
+        json.loads(line) for line in (found.folder / "rejects.jsonl").read_text().splitlines()
+    ]
+    assert [r["where"] for r in rejects] == ["c.jsonl:51", "c.jsonl:52"]
+    assert rejects[0]["raw"] == "{oops"
+    other = write(tmp_path / "d.jsonl", *lines, *[b"{"] * 9)
+    with pytest.raises(DataError, match=r"9 of 105 records(?s:.*)more than the 3.0%"):
+        data.prepare(str(other), tmp_path, tolerate=0.03)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n  \n"])
 def test_an_empty_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "c.jsonl").write_bytes(content)
-    with pytest.raises(DataError, match="is empty"):
-        data.read_jsonl(tmp_path / "c.jsonl")
+    with pytest.raises(DataError, match="the corpus is empty"):
+        data.prepare(str(tmp_path / "c.jsonl"), tmp_path)
 
 
-def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"does not exist(?s:.*)nothere\.jsonl"):
+def test_a_missing_file_and_an_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
         data.prepare(str(tmp_path / "nothere.jsonl"), tmp_path)
-    with pytest.raises(DataError, match="is not a file"):
-        data.prepare(str(tmp_path), tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match="no file with text is there"):
+        data.prepare(str(tmp_path / "folder"), tmp_path)
 
 
 def test_an_unknown_name_says_the_nearest(tmp_path: Path) -> None:
@@ -96,12 +117,12 @@ def test_a_url(server: str, tmp_path: Path) -> None:
     assert found.name == "good" and found.documents + found.heldout_documents == 99
     with pytest.raises(DataError, match=r"bad\.jsonl:2: not JSON"):
         data.prepare(f"{server}/bad.jsonl", tmp_path)
-    with pytest.raises(DataError, match=r"cannot be fetched: .*404"):
+    with pytest.raises(DataError, match=r"cannot be read: HTTP 404"):
         data.prepare(f"{server}/missing.jsonl", tmp_path)
 
 
 def test_an_unreachable_url(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot be fetched") as refused:
+    with pytest.raises(DataError, match="cannot be read") as refused:
         data.prepare("http://127.0.0.1:9/c.jsonl", tmp_path)
     assert "http://127.0.0.1:9/c.jsonl" in str(refused.value)
 
@@ -123,7 +144,8 @@ def test_the_split_is_stable_and_disjoint(corpus: Path, tmp_path: Path) -> None:
 def test_duplicates_are_kept_once(tmp_path: Path) -> None:
     lines = [json.dumps({"text": f"text {i % 30}"}).encode() for i in range(60)]
     found = data.prepare(str(write(tmp_path / "c.jsonl", *lines)), tmp_path, fraction=0.3)
-    assert (found.documents + found.heldout_documents, found.duplicates) == (30, 30)
+    assert found.documents + found.heldout_documents == 30
+    assert sum(found.dropped.values()) == 30
 
 
 def test_too_few_documents_to_hold_out(tmp_path: Path) -> None:
@@ -146,40 +168,14 @@ def test_a_name_that_is_taken(corpus: Path, tmp_path: Path) -> None:
 
 def test_the_registry_keeps_what_is_there(corpus: Path, tmp_path: Path) -> None:
     mine = {"file_name": "mine.jsonl", "columns": {"prompt": "body"}}
-    (tmp_path / data.REGISTRY).write_text(json.dumps({"mine": mine}))
+    (tmp_path / registry.REGISTRY).write_text(json.dumps({"mine": mine}))
     data.prepare(str(corpus), tmp_path)
-    registry = data.read_registry(tmp_path / data.REGISTRY)
-    assert registry["mine"] == mine
-    assert registry["handbook"]["file_name"] == "corpora/handbook/train.jsonl"
-    assert {"my_cpt_c4", "ray_docs", "news_heldout", "handbook_heldout"} <= set(registry)
+    known = registry.read_registry(tmp_path / registry.REGISTRY)
+    assert known["mine"] == mine
+    assert known["handbook"]["file_name"] == "corpora/handbook/train.jsonl"
+    assert {"my_cpt_c4", "ray_docs", "news_heldout", "handbook_heldout"} <= set(known)
     with pytest.raises(DataError, match="'mine' is taken"):
-        data.register(tmp_path / data.REGISTRY, {"mine": {"file_name": "yours.jsonl"}})
-    (tmp_path / data.REGISTRY).write_text("{")
+        registry.register(tmp_path / registry.REGISTRY, {"mine": {"file_name": "yours.jsonl"}})
+    (tmp_path / registry.REGISTRY).write_text("{")
     with pytest.raises(DataError, match="registry cannot be read"):
         data.prepare(str(corpus), tmp_path)
-
-
-def test_packing_joins_by_the_separator_and_loses_nothing(
-    tiny_gemma3: Path, documents: list[str]
-) -> None:
-    tokenizer = assets.tokenizer_of(str(tiny_gemma3))
-    packed = data.pack(documents, tokenizer, 64)
-    assert len(packed.blocks) * 64 + packed.dropped == sum(packed.lengths)
-    assert {len(block) for block in packed.blocks} == {64}
-    joined = tokenizer.decode([token for block in packed.blocks for token in block])
-    assert joined.split("<eos>")[:-1] == documents[: joined.count("<eos>")]
-    assert joined.count("<eos>") >= len(documents) - 1
-
-
-def test_packing_is_llamafactorys_own(tiny_gemma3: Path, documents: list[str]) -> None:
-    from llamafactory.data.processor import PretrainDatasetProcessor
-    from llamafactory.hparams import DataArguments
-
-    tokenizer = assets.tokenizer_of(str(tiny_gemma3))
-    arguments = DataArguments(template="empty", cutoff_len=64)
-    arguments.packing = True  # as stage pt sets it, after the class has been made
-    processor = PretrainDatasetProcessor(
-        template=None, tokenizer=tokenizer, processor=None, data_args=arguments
-    )
-    theirs = processor.preprocess_dataset({"_prompt": [[{"content": text}] for text in documents]})
-    assert data.pack(documents, tokenizer, 64).blocks == theirs["input_ids"]

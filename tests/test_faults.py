@@ -62,7 +62,7 @@ class Trained:
 
     def stop_at(self, step: int, how: signal.Signals, **options: Any) -> None:
         """Trains slowly, and sends the driver a signal once that step was taken."""
-        process = self.start([{"what": "slow", "seconds": 0.7}], **options)
+        process = self.start([{"what": "slow", "seconds": 1.5}], **options)
         deadline = time.monotonic() + LIMIT
         while not any(done == step for done, _ in self.losses):
             assert process.poll() is None, process.stdout.read()
@@ -70,6 +70,15 @@ class Trained:
             time.sleep(0.1)
         process.send_signal(how)
         self.output, _ = process.communicate(timeout=60)
+        start = next(e for e in reversed(self.run.events()) if e["event"] == "start")
+        while any(Path(f"/proc/{rank['pid']}").exists() for rank in start["ranks"]):
+            assert time.monotonic() < deadline, "workers outlive their driver"
+            time.sleep(0.1)
+
+    @property
+    def saved(self) -> list[int]:
+        """The steps of its whole checkpoints."""
+        return [c.step for c in checkpoints.listing(self.run) if c.whole]
 
     @property
     def weights(self) -> str:
@@ -140,10 +149,10 @@ def undisturbed(new: Callable[..., Trained]) -> Trained:
 
 @pytest.fixture(scope="module")
 def killed(new: Callable[..., Trained], undisturbed: Trained) -> Trained:
-    """A run whose driver was killed at step 8: checkpoints of steps 3 and 6 are there."""
+    """A run whose driver was killed after step 7; its workers end some seconds later."""
     trained = new("driver-killed")
-    trained.stop_at(8, signal.SIGKILL)
-    assert [c.step for c in checkpoints.listing(trained.run) if c.whole] == [3, 6]
+    trained.stop_at(7, signal.SIGKILL)
+    assert trained.saved in ([3, 6], [6, 9])
     return trained
 
 
@@ -153,7 +162,7 @@ def seen(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
     values: dict[str, Any] = {"fault": (request.function.__doc__ or "").strip().rstrip(".")}
     yield values
     path = os.environ.get("CPT_FAULTS_TABLE")
-    if path:
+    if path and "seen" in values:  # what failed has nothing to say
         with Path(path).open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
@@ -171,6 +180,7 @@ def restarts(trained: Trained) -> str:
 STEP = {"what": "step", "step": 8}
 
 
+@pytest.mark.chosen
 def test_a_rank_killed_in_a_step(new, undisturbed, seen) -> None:
     """1 · rank 1 killed in a step."""
     trained = new("rank-1")
@@ -188,6 +198,7 @@ def test_rank_0_killed_in_a_step(new, undisturbed, seen) -> None:
     same(trained, undisturbed, seen, restarts(trained))
 
 
+@pytest.mark.chosen
 def test_a_rank_killed_while_its_shard_is_written(new, undisturbed, seen) -> None:
     """3 · a rank killed while DeepSpeed writes its shard."""
     trained = new("shard")
@@ -214,23 +225,26 @@ def test_both_workers_killed(new, undisturbed, seen) -> None:
     same(trained, undisturbed, seen, restarts(trained))
 
 
+@pytest.mark.chosen
 def test_the_driver_killed(new, undisturbed, killed, seen) -> None:
     """6 · the driver killed, then the command again."""
     trained = new("driver-killed-again", like=killed)
     assert trained.train() == 0, trained.output
-    assert "was interrupted: it goes on from step 6" in trained.output
-    assert trained.starts == [0, 6]
-    same(trained, undisturbed, seen, "went on from step 6")
+    step = killed.saved[-1]
+    assert f"was interrupted: it goes on from step {step}" in trained.output
+    assert trained.starts == [0, step]
+    same(trained, undisturbed, seen, f"went on from step {step}")
 
 
 def test_the_driver_stopped_by_hand(new, undisturbed, seen) -> None:
     """7 · the driver stopped by Ctrl-C, then the command again."""
     trained = new("stopped")
-    trained.stop_at(8, signal.SIGINT)
+    trained.stop_at(7, signal.SIGINT)
     assert "Interrupted: the training of 'stopped' was stopped by hand at step" in trained.output
+    step = trained.saved[-1]
     assert trained.train() == 0, trained.output
-    assert trained.starts == [0, 6]
-    same(trained, undisturbed, seen, "said so, went on from step 6")
+    assert trained.starts == [0, step]
+    same(trained, undisturbed, seen, f"said so, went on from step {step}")
 
 
 def _shard(trained: Trained) -> Path:
@@ -258,7 +272,9 @@ def _forget(trained: Trained) -> None:
     ("number", "what", "damage", "says"),
     [
         (8, "the newest checkpoint's shard truncated", _truncate, "bytes, not the"),
-        (9, "a flipped byte in a shard", _flip, "sha256 differs"),
+        pytest.param(
+            9, "a flipped byte in a shard", _flip, "sha256 differs", marks=pytest.mark.chosen
+        ),
         (10, "the newest checkpoint's manifest missing", _forget, "it has no manifest"),
     ],
 )
@@ -269,10 +285,11 @@ def test_a_damaged_checkpoint(
     damage(trained)
     assert trained.train() == 0, trained.output
     assert "passed over TorchTrainer_" in trained.output and says in trained.output
-    assert "it goes on from step 3" in trained.output
-    assert trained.starts == [0, 3]
+    step = killed.saved[-2]
+    assert f"it goes on from step {step}" in trained.output
+    assert trained.starts == [0, step]
     seen["fault"] = f"{number} · {what}"
-    same(trained, undisturbed, seen, "passed over, saying why; went on from step 3")
+    same(trained, undisturbed, seen, f"passed over, saying why; went on from step {step}")
 
 
 def test_every_checkpoint_damaged(new, killed, seen) -> None:
@@ -300,6 +317,7 @@ def small_file_system(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
+@pytest.mark.chosen
 def test_the_storage_full(new, undisturbed, small_file_system, seen) -> None:
     """12 · the storage full during a save."""
     trained = new("full", root=small_file_system)
@@ -307,7 +325,7 @@ def test_the_storage_full(new, undisturbed, small_file_system, seen) -> None:
     fault = {"what": "fill", "ranks": [0], "step": 8, "path": str(balloon), "leave": 500_000}
     assert trained.train([fault]) == 1
     assert "StorageError: the storage ran full" in trained.output
-    assert "GiB free, a checkpoint takes" in trained.output
+    assert "MiB free, a checkpoint takes 1.8 MiB" in trained.output
     balloon.unlink()
     assert checkpoints.latest(trained.run).step == 6
     assert trained.train() == 0, trained.output
@@ -350,18 +368,16 @@ def test_other_numbers_of_workers(new, undisturbed, killed, seen) -> None:
     """2 → 1 → 2 workers, the driver killed between."""
     trained = new("workers", like=killed)
     trained.stop_at(10, signal.SIGKILL, workers=1)
-    assert [(c.step, c.world_size) for c in checkpoints.listing(trained.run) if c.whole] == [
-        (6, 2),
-        (9, 1),
-    ]
+    newest = checkpoints.latest(trained.run)
+    assert newest.world_size == 1
     assert trained.train(workers=2) == 0, trained.output
     assert "converted from 1 to 2 workers" in trained.output
-    assert trained.starts == [0, 6, 9]
+    assert trained.starts == [0, killed.saved[-1], newest.step]
     for (step, ours), (_, theirs) in zip(trained.losses, undisturbed.losses, strict=True):
         assert ours == pytest.approx(theirs, abs=2e-4), step
     worst = max(abs(a[1] - b[1]) for a, b in zip(trained.losses, undisturbed.losses, strict=True))
     seen.update(
-        seen=f"converted; losses within {worst:.1g} of the undisturbed run's",
+        seen=f"converted; every loss within {max(worst, 5e-5):.0e} of the undisturbed run's",
         weights="",
         seconds=round(trained.seconds),
     )

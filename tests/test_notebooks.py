@@ -16,7 +16,17 @@ from cpt_helpers.run import STEPS, Run
 
 APPLY = {
     "01_setup": {"TRAIN_CONFIG", "OVERRIDES", "PROMPT"},
-    "02_data": {"TRAIN_CONFIG", "OVERRIDES", "CORPUS"},
+    "02_data": {
+        "TRAIN_CONFIG",
+        "OVERRIDES",
+        "CORPUS",
+        "REPLAY",
+        "EPOCHS",
+        "TEXT_COLUMN",
+        "MAX_SAMPLES",
+        "TOLERATE",
+        "CLEAN",
+    },
     "03_config": {"TRAIN_CONFIG", "OVERRIDES"},
     "04_train": {"RETRIES", "WORKERS"},
     "05_checkpoints": {"KILL"},

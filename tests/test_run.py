@@ -103,6 +103,15 @@ def test_events_of_a_resumed_run_appear_once(tmp_path: Path) -> None:
     assert one.state == "complete"
 
 
+def test_a_token_is_no_parameter(tmp_path: Path) -> None:
+    secret = {"ray_init_kwargs": {"runtime_env": {"env_vars": {"HF_TOKEN": "hf_canary0123"}}}}
+    given = {"RUN_NAME": "r", "STORAGE": str(tmp_path), "OVERRIDES": secret}
+    with pytest.raises(ParameterError, match="OVERRIDES holds a token") as refused:
+        run.begin("01_setup", **given)
+    assert "canary" not in str(refused.value)
+    assert not (tmp_path / "r").exists()
+
+
 def test_the_machine_is_reported(tmp_path: Path) -> None:
     report = environment.report(tmp_path)
     assert report.wrong_versions == []

@@ -1,0 +1,118 @@
+"""What does replaying general text cost the domain, and what does it keep? ``make bench-replay``.
+
+Trains the default model on the default corpus with 0, 5 and 25 % of news in it, the same number of
+tokens each time, and measures held-out domain text, held-out news, and reviews, which no run was
+trained on, in plain transformers. Writes ``benchmarks/results/replay.json`` and ``replay.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import tempfile
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+SHARES = (0.0, 0.05, 0.25)
+
+
+def reviews() -> list[str]:
+    """Film reviews from gensim's test data: general text of another kind than the news."""
+    from cpt_helpers import assets
+
+    members = {
+        "pang_lee_polarity.cor": "662c1b7c3bd0612eaaaf3f0c694cbd3897e30c0d87d2940b46c9fd0d15ed70c1",
+        "alldata-id-10.txt": "a93bf009f1eaf82ad84cea42ef67847f8cc037db9f6f1931b738e415b3206bb3",
+    }
+    texts = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, digest in members.items():
+            asset = assets.WheelFile(
+                "gensim==4.3.3", f"gensim/test/test_data/{name}", digest, "see gensim's repository"
+            )
+            for line in assets.fetch(asset, Path(scratch)).read_text("utf-8").splitlines():
+                texts.append(re.sub(r"^(__label__\w+|_\*\d+)\s+", "", line).strip())
+    return [text for text in texts if text]
+
+
+def measure(folder: Path | str, sets: dict[str, list[str]], block: int) -> dict[str, float]:
+    from cpt_helpers import export
+
+    model, tokenizer = export.load(folder, dtype="float32")
+    return {n: round(export.perplexity(model, tokenizer, t, block), 3) for n, t in sets.items()}
+
+
+def trained(share: float, storage: Path, steps: int | None) -> tuple[Path, dict[str, Any]]:
+    """Trains one share; a run that is there already is taken as it is."""
+    from cpt_helpers import assets, config, data, launch, mixing
+    from cpt_helpers.run import Run
+
+    run = Run.open(f"replay-{share:.0%}".replace("%", ""), storage)
+    overrides: dict[str, Any] = {"eval_strategy": "no", "eval_on_start": False}
+    overrides |= {"save_strategy": "no", "report_to": "none"}
+    if steps:
+        overrides["max_steps"] = steps
+    recipe = config.read_recipe("cpt_cpu.yaml")[1] | overrides
+    model = assets.obtain(config.model_of("cpt_cpu.yaml", overrides, storage), storage)
+    weights = mixing.weights("ray_docs", {"news": share} if share else {})
+    sources = [(data.prepare(name, storage), weight) for name, weight in weights.items()]
+    measured = [data.load("ray_docs", storage), data.prepare("news", storage)]
+    mix = mixing.for_recipe(recipe, sources, measured, assets.tokenizer_of(model))
+    names = ",".join(corpus.name for corpus, _ in sources)
+    config.write(run, config.resolve(run, "cpt_cpu.yaml", overrides, names, str(mix.path)))
+    train = launch.train(run, config.load(run))
+    return run.output, {"tokens": train["tokens"], "seconds": train["seconds"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--storage", default="", help="where the runs lie")
+    parser.add_argument("--steps", type=int, help="another number of steps than the recipe's")
+    given = parser.parse_args()
+    from cpt_helpers import config, data, environment
+    from cpt_helpers.run import storage_root
+
+    storage = storage_root(given.storage)
+    rows = []
+    for share in SHARES:
+        folder, facts = trained(share, storage, given.steps)
+        sets = {
+            name: list(data.texts_of(data.load(name, storage).heldout))
+            for name in ("ray_docs", "news")
+        } | {"reviews": reviews()}
+        block = config.read_recipe("cpt_cpu.yaml")[1]["cutoff_len"]
+        if not rows:
+            model = config.model_of("cpt_cpu.yaml", {}, storage)
+            rows.append({"replay": "before", "perplexity": measure(model, sets, block)})
+        rows.append({"replay": share, **facts, "perplexity": measure(folder, sets, block)})
+        print(json.dumps(rows[-1]), flush=True)
+    result = {"date": str(date.today()), "machine": environment.machine(), "rows": rows}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "replay.json").write_text(json.dumps(result, indent=2) + "\n")
+    (RESULTS / "replay.md").write_text(table(result))
+
+
+def table(result: dict[str, Any]) -> str:
+    first = result["rows"][0]["perplexity"]
+    lines = [
+        f"Perplexity by the share of news replayed; {result['date']}, {result['machine']}.",
+        "",
+        "| replay | tokens | " + " | ".join(first) + " |",
+        "|---|---|" + "---|" * len(first),
+    ]
+    for row in result["rows"]:
+        name = row["replay"] if isinstance(row["replay"], str) else f"{row['replay']:.0%}"
+        cells = [
+            f"{value:.2f}"
+            + ("" if row["replay"] == "before" else f" ({value / first[key] - 1:+.1%})")
+            for key, value in row["perplexity"].items()
+        ]
+        lines.append(f"| {name} | {row.get('tokens', 0):,} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

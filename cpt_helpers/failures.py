@@ -1,0 +1,121 @@
+"""Why a training failed, from what its ranks printed: one readable error."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from .environment import in_words
+from .errors import CptError, StorageError, TrainingError
+from .run import Run
+
+# What a rank says when another one is gone: no cause, but its consequence.
+_CONSEQUENCES = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "DistBackendError",
+    "DistNetworkError",
+    "gloo",
+    "NCCL",
+    "Timed out",
+)
+_TIMED_OUT = ("Timed out", "timed out", "Timeout(ms)", "Watchdog caught collective")
+_LITTLE = 2**20  # bytes with which no training goes on
+_FULL = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing")
+
+
+class Cause:
+    """Why an attempt failed, as far as the ranks' logs say.
+
+    Attributes:
+        log: The log of the rank that failed first; ``None`` where no rank began.
+        reason: Its exception; empty where it was killed and the others only noticed.
+        sentence: The same in words.
+        full: The storage had no room left.
+    """
+
+    def __init__(self, logs: list[Path]) -> None:
+        tails = {log: last_attempt(log) for log in logs}
+        errors = {log: [line for line in tails[log] if _is_exception(line)] for log in logs}
+        causes = {
+            log: lines[-1]
+            for log, lines in errors.items()
+            if lines and not any(mark in lines[-1] for mark in _CONSEQUENCES)
+        }
+        silent = [log for log in logs if not errors[log]]
+        said = "\n".join(line for log in logs for line in tails[log][-60:])
+        # The rank that failed first ended first; the others only lost their connection to it.
+        ended = sorted(causes or silent or logs, key=lambda log: log.stat().st_mtime)
+        self.log = ended[0] if ended else None
+        self.lines = tails[self.log] if self.log else []
+        self.reason = causes.get(self.log, "") if self.log else ""
+        self.full = any(mark in said for mark in _FULL)
+        names = " and ".join(log.stem.replace("-", " ") for log in silent)
+        if self.reason:
+            self.sentence = f"{self.log.stem.replace('-', ' ')} failed: {self.reason}"
+        elif any(mark in said for mark in _TIMED_OUT):
+            self.sentence = "a worker hung: the others waited for it as long as ddp_timeout says"
+        elif silent:
+            self.sentence = f"{names} ended without a word: killed, or out of memory"
+        else:
+            self.sentence = "a worker was lost"
+
+
+def cause_of(run: Run, since: float) -> Cause:
+    logs = sorted(run.logs.glob("rank-*.log"))
+    cause = Cause([log for log in logs if log.stat().st_mtime >= since])
+    # On a full storage the logs cannot say so: they are on it.
+    cause.full |= shutil.disk_usage(run.storage).free < (last_save(run) or _LITTLE)
+    return cause
+
+
+def last_save(run: Run) -> int:
+    """Bytes of the newest checkpoint; 0 where none was written."""
+    return next((e["bytes"] for e in reversed(run.events()) if e["event"] == "save"), 0)
+
+
+def readable(run: Run, said: str, began: list[float]) -> CptError:
+    """A failed training as one error: the first cause a rank named, its last lines, its log."""
+    cause = cause_of(run, began[-1])
+    if cause.log is None:
+        return TrainingError(
+            f"the workers could not be started: {_last_line(said)}",
+            where=run.folder,
+            do="look at Ray's own logs in /tmp/ray/session_latest/logs on the node that failed",
+        )
+    where = "\n".join([f"{cause.log}, its last lines:", *cause.lines[-12:]])
+    if cause.full:
+        free = shutil.disk_usage(run.storage).free
+        size = last_save(run)
+        each = f", a checkpoint takes {in_words(size)}" if size else ""
+        return StorageError(
+            f"the storage ran full while '{run.name}' wrote to it: {in_words(free)} free{each}",
+            where=where,
+            expected="room for one checkpoint more than save_total_limit keeps",
+            do="make room and give the same command again: it goes on from the newest whole "
+            "checkpoint",
+        )
+    tried = f" ({len(began)} attempts)" if len(began) > 1 else ""
+    return TrainingError(
+        f"training failed in a worker{tried}: {cause.reason or cause.sentence}",
+        where=where,
+        do="mend the cause and run this again: it goes on from the newest checkpoint "
+        "(a change of the recipe needs a new RUN_NAME)",
+    )
+
+
+def last_attempt(log: Path) -> list[str]:
+    text = log.read_text("utf-8", errors="replace").replace("\r", "\n")
+    attempt = re.split(r"^--- rank \d+, .*$", text, flags=re.MULTILINE)[-1]
+    return [line.rstrip()[:300] for line in attempt.splitlines() if line.strip()]
+
+
+def _is_exception(line: str) -> bool:
+    return bool(re.match(r"^([A-Za-z_][\w.]*)?(Error|Exception|Interrupt|Exit)\b.*", line))
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "no reason was given"

@@ -1,0 +1,183 @@
+"""The forms text comes in: each read as a stream of records, each record checked by itself."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import DataError
+
+MAX_BYTES = 10_000_000  # a longer line is no document, and is never held whole
+
+
+@dataclass(frozen=True)
+class Record:
+    """One document as read, or what is in its place.
+
+    Attributes:
+        where: ``file:line`` or ``file``, as a reader would look it up.
+        line: A line of JSON, still to be parsed; ``None`` where ``text`` or ``problem`` is given.
+        text: A text that needs no parsing.
+        problem: Why there is no document here.
+    """
+
+    where: str
+    line: bytes | None = None
+    text: str | None = None
+    problem: str = ""
+
+
+def lines_of(file: Any, short: str) -> Iterator[Record]:
+    reader = io.BufferedReader(file, 2**20)  # what some file systems open has no line limit
+    number = 0
+    while line := reader.readline(MAX_BYTES):
+        number += 1
+        if len(line) == MAX_BYTES and not line.endswith(b"\n"):
+            length = len(line)
+            while (more := reader.readline(MAX_BYTES)) and not more.endswith(b"\n"):
+                length += len(more)
+            problem = f"longer than {MAX_BYTES:,} bytes ({length + len(more):,})"
+            yield Record(f"{short}:{number}", problem=problem)
+        elif line.strip():
+            yield Record(f"{short}:{number}", line=line)
+
+
+def json_of(file: Any, column: str, short: str) -> Iterator[Record]:
+    """An array of objects, streamed; one object; or lines after all."""
+    import ijson
+
+    head = file.read(64)
+    rest = _Joined(head, file)
+    if not head.lstrip().startswith(b"["):
+        yield from lines_of(io.BufferedReader(rest), short)
+        return
+    number = 0
+    try:
+        for number, row in enumerate(ijson.items(rest, "item"), 1):
+            yield of_row(row, column, f"{short}:item {number}")
+    except ijson.JSONError as error:
+        yield Record(f"{short}:item {number + 1}", problem=f"not JSON ({error})")
+
+
+class _Joined(io.RawIOBase):
+    """A stream whose first bytes were read already."""
+
+    def __init__(self, head: bytes, rest: Any) -> None:
+        self.head, self.rest = head, rest
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.head[: len(buffer)] or self.rest.read(len(buffer))
+        self.head = self.head[len(buffer) :]
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def csv_of(file: Any, column: str, short: str, given: str, delimiter: str) -> Iterator[Record]:
+    csv.field_size_limit(MAX_BYTES)
+    # Bytes that are not UTF-8 become lone surrogates, and are refused with the rest of those.
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    rows = csv.DictReader(text, delimiter=delimiter)
+    if rows.fieldnames is None:
+        return
+    if column not in rows.fieldnames:
+        raise _no_column(given, short, column, rows.fieldnames)
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield Record(f"{short}:{rows.line_num}", problem=f"not CSV ({error})")
+            continue
+        yield of_row(row, column, f"{short}:{rows.line_num}")
+
+
+def parquet_of(file: Any, column: str, short: str, given: str) -> Iterator[Record]:
+    import pyarrow.parquet as parquet
+
+    try:
+        table = parquet.ParquetFile(file)
+    except Exception as error:
+        yield Record(short, problem=f"not Parquet ({error})")
+        return
+    names = table.schema_arrow.names
+    if column not in names:
+        raise _no_column(given, short, column, names)
+    number = 0
+    for batch in table.iter_batches(batch_size=256, columns=[column]):
+        for value in batch.column(0).to_pylist():
+            number += 1
+            yield of_row({column: value}, column, f"{short}:row {number}")
+
+
+def whole_of(file: Any, short: str) -> Record:
+    content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        return Record(short, problem=f"a text of more than {MAX_BYTES:,} bytes: split it")
+    try:
+        return Record(short, text=content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return Record(short, problem=f"not UTF-8 (byte {error.start + 1})")
+
+
+def of_row(row: Any, column: str, where: str) -> Record:
+    text, problem = text_of(row, column)
+    return Record(where, problem=problem) if problem else Record(where, text=text)
+
+
+def text_of(row: Any, column: str) -> tuple[str, str]:
+    """The text of a parsed record and what is wrong with it, one of them empty."""
+    if not isinstance(row, dict) or column not in row:
+        keys = (
+            f"its keys: {', '.join(map(str, row))[:80]}" if isinstance(row, dict) else "no object"
+        )
+        return "", f"no `{column}` ({keys})"
+    text = row[column]
+    if not isinstance(text, str):
+        return "", f"`{column}` is {type(text).__name__}, not a string"
+    return text, problem_of(text, column)
+
+
+def problem_of(text: str, column: str = "text") -> str:
+    """Why a text is no document; empty where it is one."""
+    if not text.strip():
+        return f"`{column}` is empty"
+    if "\0" in text:
+        return f"a NUL byte at character {text.index(chr(0)) + 1}"
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        if 0xDC80 <= code <= 0xDCFF:
+            return f"not UTF-8 (0x{code - 0xDC00:02x} at character {error.start + 1})"
+        return f"a lone surrogate, U+{code:04X}, at character {error.start + 1}"
+    return ""
+
+
+def parse(line: bytes, column: str) -> tuple[str, str]:
+    """The text of a line of JSON and what is wrong with it, one of them empty."""
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return "", f"not UTF-8 (byte {error.start + 1} of the line is 0x{line[error.start]:02x})"
+    except json.JSONDecodeError as error:
+        return "", f"not JSON ({error.msg} at column {error.colno})"
+    except RecursionError:
+        return "", "not JSON (nested too deeply)"
+    return text_of(record, column)
+
+
+def _no_column(given: str, short: str, column: str, names: Iterable[str]) -> DataError:
+    return DataError(
+        f"{short} has no column '{column}'",
+        where=given,
+        expected=f"one of its columns: {', '.join(list(names)[:12])}",
+        do="give its name as TEXT_COLUMN",
+    )

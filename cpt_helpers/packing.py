@@ -1,0 +1,229 @@
+"""What training sees: documents joined by a separator, cut into blocks, mixed, tokenised once.
+
+Workers load the blocks from the storage (``tokenized_path``); none of them tokenises.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import data
+from .data import Corpus
+from .registry import HELD_OUT
+from .run import write_json
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedTokenizerBase
+
+FORM = 1  # of what is kept on the storage; another one is made anew
+_BATCH = 512  # documents tokenised at once, by all cores
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Documents as training sees them.
+
+    Attributes:
+        blocks: Lists of ``block_size`` token ids.
+        lengths: Tokens of each document, its separator included.
+        dropped: Tokens of the last block, which was not full.
+    """
+
+    blocks: list[list[int]]
+    lengths: list[int]
+    dropped: int
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A half of a corpus as blocks on the storage.
+
+    Attributes:
+        name: The dataset's name in the registry.
+        folder: Holds ``blocks.arrow``.
+        block_size: Tokens in a block.
+        documents: Documents in it.
+        tokens: Tokens in all, separators included.
+        blocks: Blocks they fill.
+        dropped: Tokens at the end that fill no block.
+        histogram: Documents by their length in tokens, in powers of two: ``{"64": 12, …}``.
+    """
+
+    name: str
+    folder: Path
+    block_size: int
+    documents: int
+    tokens: int
+    blocks: int
+    dropped: int
+    histogram: dict[str, int] = field(repr=False)
+
+
+class _Packer:
+    """Joins documents and cuts blocks as they come; counts what goes in and what stays over."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, block_size: int) -> None:
+        self.tokenizer, self.block_size = tokenizer, block_size
+        self.lengths: list[int] = []
+        self.tokens = self.dropped = 0
+        forced = getattr(tokenizer, "add_bos_token", False)
+        # LLaMA-Factory writes a forced first token over each block's own; here documents begin so.
+        self.before = [tokenizer.bos_token_id] if forced else []
+        self.after = [tokenizer.eos_token_id]
+
+    def blocks(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+        """Arrays of whole blocks, shape ``(n, block_size)``, int32."""
+        import numpy as np
+
+        rest = np.zeros(0, dtype=np.int32)
+        for batch in _batches(texts, _BATCH):
+            pieces = [rest]
+            for ids in self._encode(batch):
+                ids = [*self.before, *ids, *self.after]
+                self.lengths.append(len(ids))
+                pieces.append(np.array(ids, dtype=np.int32))
+            joined = np.concatenate(pieces)
+            self.tokens += len(joined) - len(rest)
+            whole = len(joined) // self.block_size
+            rest = joined[whole * self.block_size :]
+            if whole:
+                yield joined[: whole * self.block_size].reshape(whole, self.block_size)
+        self.dropped = len(rest)
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        fast = getattr(self.tokenizer, "_tokenizer", None)
+        if fast is None:  # a tokenizer in Python only
+            return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        encode = getattr(fast, "encode_batch_fast", fast.encode_batch)  # without offsets
+        return [encoded.ids for encoded in encode(texts, add_special_tokens=False)]
+
+
+def pack(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, block_size: int) -> Packed:
+    """Joins documents by the end-of-sequence token and cuts blocks, in memory.
+
+    Args:
+        texts: The documents.
+        tokenizer: The model's; where it forces a first token, each document begins with that.
+        block_size: ``cutoff_len``, in tokens.
+    """
+    packer = _Packer(tokenizer, block_size)
+    blocks = [block for some in packer.blocks(texts) for block in some.tolist()]
+    return Packed(blocks, packer.lengths, packer.dropped)
+
+
+def tokenise(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, block_size: int, *, held_out: bool
+) -> Blocks:
+    """Half a corpus as blocks on the storage, in ``tokenised/``; made once.
+
+    Args:
+        corpus: From :func:`data.prepare`.
+        tokenizer: The model's.
+        block_size: ``cutoff_len``, in tokens.
+        held_out: Which half.
+    """
+    name = corpus.name + (HELD_OUT if held_out else "")
+    storage = corpus.folder.parent.parent
+    what = [FORM, corpus.sha256, corpus.fraction, held_out, block_size, fingerprint(tokenizer)]
+    folder = storage / "tokenised" / f"{name}-{key_of(what)}"
+    facts = folder / "blocks.json"
+    if facts.is_file():
+        return Blocks(**json.loads(facts.read_text("utf-8")) | {"folder": folder, "name": name})
+    with in_one_piece(folder) as new:
+        packer = _Packer(tokenizer, block_size)
+        written = _arrow(
+            new / "blocks.arrow", packer.blocks(data.texts_of(corpus.half(held_out=held_out)))
+        )
+        histogram: dict[str, int] = {}
+        for length in packer.lengths:
+            bucket = str(2 ** max(math.ceil(math.log2(max(length, 1))), 0))
+            histogram[bucket] = histogram.get(bucket, 0) + 1
+        found = Blocks(
+            name=name,
+            folder=folder,
+            block_size=block_size,
+            documents=len(packer.lengths),
+            tokens=packer.tokens,
+            blocks=written,
+            dropped=packer.dropped,
+            histogram=dict(sorted(histogram.items(), key=lambda item: int(item[0]))),
+        )
+        write_json(new / "blocks.json", asdict(found) | {"folder": "", "name": ""})
+    return found
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A digest of all that decides what a tokenizer makes of a text."""
+    fast = getattr(tokenizer, "_tokenizer", None)
+    text = fast.to_str() if fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    special = [tokenizer.eos_token_id, tokenizer.bos_token_id]
+    special.append(getattr(tokenizer, "add_bos_token", False))
+    return hashlib.sha256(f"{text}{special}".encode()).hexdigest()
+
+
+def _arrow(path: Path, arrays: Iterator[np.ndarray]) -> int:
+    """Writes blocks as an Arrow stream with the trainer's columns; returns how many."""
+    import numpy as np
+    import pyarrow as pa
+
+    schema = pa.schema(
+        [("input_ids", pa.list_(pa.int32())), ("attention_mask", pa.list_(pa.int8()))]
+    )
+    written = 0
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for array in arrays:
+            offsets = np.arange(len(array) + 1, dtype=np.int32) * array.shape[1]
+            ones = np.ones(array.size, dtype=np.int8)
+            columns = [
+                pa.ListArray.from_arrays(offsets, pa.array(array.ravel())),
+                pa.ListArray.from_arrays(offsets, pa.array(ones)),
+            ]
+            writer.write_batch(pa.record_batch(columns, schema=schema))
+            written += len(array)
+    return written
+
+
+class in_one_piece:
+    """A folder that is there whole or not at all."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> Path:
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self.new = Path(
+            tempfile.mkdtemp(dir=self.folder.parent, prefix=f".{self.folder.name[:40]}.")
+        )
+        return self.new
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        try:
+            if kind is None and not self.folder.exists():
+                self.new.chmod(0o755)
+                self.new.rename(self.folder)
+        finally:
+            shutil.rmtree(self.new, ignore_errors=True)
+
+
+def key_of(what: Any) -> str:
+    return hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()[:16]
+
+
+def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+    batch: list[str] = []
+    for text in texts:
+        batch.append(text)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

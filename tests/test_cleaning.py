@@ -1,0 +1,231 @@
+"""Duplicates, contamination, filters; mixing, packing, tokenising once; the registry."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+from pathlib import Path
+
+import pytest
+
+from cpt_helpers import assets, data, mixing, packing, reading, registry
+from cpt_helpers.cleaning import Cleaning, failed, shingles
+from cpt_helpers.errors import DataError
+
+
+def near(text: str, rng: random.Random, share: float = 0.02) -> str:
+    """A copy with some words replaced."""
+    words = text.split(" ")
+    for at in rng.sample(range(len(words)), max(int(len(words) * share), 1)):
+        words[at] = "replaced"
+    return " ".join(words)
+
+
+@pytest.fixture(scope="module")
+def planted(documents: list[str], tmp_path_factory) -> tuple[Path, dict[str, set[str]]]:
+    rng = random.Random(7)
+    long = list(dict.fromkeys(d for d in documents if len(d.split()) > 120))[:150]
+    copies = {near(d, rng) for d in long[:60]}
+    copies = {
+        c
+        for c in copies
+        if max(len(shingles(c) & shingles(d)) / len(shingles(c) | shingles(d)) for d in long[:60])
+        >= 0.8
+    }
+    exact = long[60:100]
+    everything = long + sorted(copies) + exact
+    path = tmp_path_factory.mktemp("planted") / "planted.jsonl"
+    assets.write_jsonl(path, everything)
+    return path, {"clean": set(long), "near": copies, "exact": set(exact)}
+
+
+def test_planted_duplicates_are_found_and_clean_documents_kept(planted, tmp_path: Path) -> None:
+    path, known = planted
+    found = data.prepare(str(path), tmp_path, fraction=0.2)
+    kept = [*data.texts_of(found.train), *data.texts_of(found.heldout)]
+    assert len(kept) == len(set(kept)), "an exact one was left"
+    both = [
+        n for n in known["near"] if n in kept and any(alike(n, k) >= 0.8 for k in kept if k != n)
+    ]
+    assert len(both) <= 0.05 * len(known["near"])
+    assert len(known["near"]) >= 40
+
+
+def alike(one: str, other: str) -> float:
+    a, b = shingles(one), shingles(other)
+    return len(a & b) / len(a | b)
+
+
+def test_held_out_and_training_share_nothing_nearly_the_same(planted, tmp_path: Path) -> None:
+    """Near duplicates across the halves: the training one goes, the held-out one stays."""
+    path, _ = planted
+    dirty = data.prepare(
+        str(path), tmp_path / "a", fraction=0.3, cleaning=Cleaning(False, 0, False)
+    )
+    crossed = [
+        (t, h)
+        for h in data.texts_of(dirty.heldout)
+        for t in data.texts_of(dirty.train)
+        if alike(t, h) >= 0.8
+    ]
+    assert len(crossed) > 5, "none was planted across"
+    only = Cleaning(exact=False, near=0, contamination=True)
+    clean = data.prepare(str(path), tmp_path / "b", fraction=0.3, cleaning=only)
+    held, trained = list(data.texts_of(clean.heldout)), list(data.texts_of(clean.train))
+    assert {h for _, h in crossed} <= set(held)
+    assert not [1 for h in held for t in trained if alike(t, h) >= 0.8]
+    reasons = set(clean.dropped)
+    assert reasons == {"nearly the same text is held out"}
+    lines = [json.loads(x) for x in (clean.folder / "dropped.jsonl").read_text().splitlines()]
+    assert len(lines) == sum(clean.dropped.values()) and all("like" in x for x in lines)
+
+
+def test_each_filter_is_a_switch() -> None:
+    prose = "The wind and the sun had a quarrel about who was the stronger of the two. " * 1
+    prose += " ".join(
+        f"They came to {w} with it and that was to be seen by all." for w in "abcdefgh"
+    )
+    assert failed(prose, Cleaning(quality=True)) == ""
+    assert "shorter than 2,000" in failed(prose, Cleaning(min_characters=2000))
+    assert "longer than 10" in failed(prose, Cleaning(max_characters=10))
+    assert failed("x", Cleaning()) == ""
+    for text, reason in [
+        ("too short", "fewer than 50"),
+        ("a b " * 60, "words of fewer than 3"),
+        ("# the and of some words " * 30, "a symbol for every"),
+        ("\n".join(["• the words and of that have"] * 30), "bullets"),
+        (
+            "\n".join(["the words and of that have ..."] * 30).replace(" ...", " and that is it…"),
+            "ellipsis",
+        ),
+        ("1234 5678 91011 words the and of " * 20, "no letter"),
+        ("palavras sempre outras coisas " * 20, "commonest words"),
+        (
+            "\n".join(["the same line of words and that again and again to be"] * 20),
+            "repeated lines",
+        ),
+        (prose + " Lorem ipsum dolor", "lorem ipsum"),
+    ]:
+        assert reason in failed(text, Cleaning(quality=True)), (text[:40], reason)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_gemma3: Path):
+    return assets.tokenizer_of(str(tiny_gemma3))
+
+
+def test_packing_joins_by_the_separator_and_loses_nothing(tokenizer, documents) -> None:
+    packed = packing.pack(documents * 4, tokenizer, 64)  # more than the 1,000 of a map batch
+    assert len(packed.blocks) * 64 + packed.dropped == sum(packed.lengths)
+    assert packed.dropped < 64
+    assert {len(block) for block in packed.blocks} == {64}
+    joined = tokenizer.decode([token for block in packed.blocks for token in block])
+    assert joined.split("<eos>")[:-1] == (documents * 4)[: joined.count("<eos>")]
+
+
+def test_a_forced_first_token_is_written_over_nothing(tokenizer) -> None:
+    tokenizer.add_bos_token = True
+    try:
+        packed = packing.pack(["one", "two"], tokenizer, 2)
+    finally:
+        tokenizer.add_bos_token = False
+    joined = tokenizer.decode([t for block in packed.blocks for t in block])
+    assert joined.startswith("<bos>one<eos><bos>two")
+
+
+def test_it_is_what_llamafactory_makes_of_a_thousand(tokenizer, documents) -> None:
+    from llamafactory.data.processor import PretrainDatasetProcessor
+    from llamafactory.hparams import DataArguments
+
+    arguments = DataArguments(template="empty", cutoff_len=64)
+    arguments.packing = True  # as stage pt sets it, after the class has been made
+    processor = PretrainDatasetProcessor(
+        template=None, tokenizer=tokenizer, processor=None, data_args=arguments
+    )
+    theirs = processor.preprocess_dataset({"_prompt": [[{"content": text}] for text in documents]})
+    assert packing.pack(documents, tokenizer, 64).blocks == theirs["input_ids"]
+
+
+@pytest.fixture(scope="module")
+def two(corpus: Path, tmp_path_factory) -> tuple[data.Corpus, data.Corpus]:
+    storage = tmp_path_factory.mktemp("mixed")
+    return data.prepare(str(corpus), storage), data.prepare("news", storage)
+
+
+def test_tokenised_once_and_anew_when_anything_changes(two, tokenizer, monkeypatch) -> None:
+    domain, _ = two
+    made: list[int] = []
+    real = packing._arrow
+    monkeypatch.setattr(packing, "_arrow", lambda *a: made.append(1) or real(*a))
+    first = packing.tokenise(domain, tokenizer, 64, held_out=False)
+    assert first.blocks * 64 + first.dropped == first.tokens and first.dropped < 64
+    assert sum(first.histogram.values()) == first.documents == domain.documents
+    assert packing.tokenise(domain, tokenizer, 64, held_out=False) == first
+    assert len(made) == 1
+    other = packing.tokenise(domain, tokenizer, 32, held_out=False)
+    tokenizer.add_bos_token = True
+    try:
+        third = packing.tokenise(domain, tokenizer, 64, held_out=False)
+    finally:
+        tokenizer.add_bos_token = False
+    assert len({first.folder, other.folder, third.folder}) == len(made) == 3
+
+
+def test_a_mix_is_drawn_in_its_shares_without_repetition(two, tokenizer) -> None:
+    from datasets import load_from_disk
+
+    domain, news = two
+    mix = mixing.mix([(domain, 0.75), (news, 0.25)], [domain, news], tokenizer, 64, blocks=100)
+    assert [d.blocks for d in mix.drawn] == [75, 25] and mix.blocks == 100
+    rows = load_from_disk(str(mix.path))
+    assert set(rows) == {"train", "validation_handbook_heldout", "validation_news_heldout"}
+    blocks = [tuple(row) for row in rows["train"]["input_ids"]]
+    assert len(set(blocks)) == 100 and {len(b) for b in blocks} == {64}
+    theirs = {tuple(b) for b in packing.pack(data.texts_of(news.train), tokenizer, 64).blocks}
+    assert sum(b in theirs for b in blocks) == 25
+    assert len(rows["validation_news_heldout"]) == mix.held_out["news_heldout"]
+    again = mixing.mix([(domain, 3), (news, 1)], [domain, news], tokenizer, 64, blocks=100)
+    assert again.path == mix.path
+    other = mixing.mix([(domain, 3), (news, 1)], [domain, news], tokenizer, 64, blocks=100, seed=1)
+    assert [tuple(r) for r in load_from_disk(str(other.path))["train"]["input_ids"]] != blocks
+    with pytest.raises(DataError, match=r"too small for 75\.0%(?s:.*)a share of at most"):
+        mixing.mix([(domain, 3), (news, 1)], [news], tokenizer, 64, blocks=100_000, epochs=20)
+
+
+def test_weights_and_replay() -> None:
+    assert mixing.weights("a", {}) == {"a": 1.0}
+    assert mixing.weights({"a": 3, "b": 1}, {"news": 0.2}) == pytest.approx(
+        {"a": 0.6, "b": 0.2, "news": 0.2}
+    )
+    with pytest.raises(DataError, match="leave something to the domain"):
+        mixing.weights("a", {"b": 0.6, "c": 0.5})
+    with pytest.raises(DataError, match="'b' has the weight 0"):
+        mixing.weights("a", {"b": 0})
+
+
+def _register(path: str, number: int) -> None:
+    for i in range(20):
+        registry.register(Path(path), {f"d{number}_{i}": {"file_name": "x.jsonl"}})
+
+
+def test_two_processes_register_at_once(tmp_path: Path) -> None:
+    path = tmp_path / registry.REGISTRY
+    context = multiprocessing.get_context("spawn")
+    both = [context.Process(target=_register, args=(str(path), n)) for n in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert len(registry.read_registry(path)) == 40
+
+
+def test_a_large_corpus_is_read_by_processes_as_by_one(
+    documents, tmp_path: Path, monkeypatch
+) -> None:
+    path = tmp_path / "big.jsonl"
+    assets.write_jsonl(path, documents)
+    here = data.prepare(str(path), tmp_path / "one")
+    monkeypatch.setattr(reading, "_CHUNK", 50_000)
+    there = data.prepare(str(path), tmp_path / "many")
+    assert here.sha256 == there.sha256 and here.train.read_bytes() == there.train.read_bytes()

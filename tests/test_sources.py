@@ -1,0 +1,203 @@
+"""Every form text comes in, and what is wrong with some of it."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cpt_helpers import cleaning, data, reading, sources
+from cpt_helpers.errors import DataError
+
+TEXTS = [f"document {i}: «Käse» costs {i} €\nsecond line" for i in range(40)]
+
+
+def jsonl(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"text": t}) + "\n" for t in texts).encode()
+
+
+def read(corpus: str, column: str = "text", most: int | None = None) -> list[str]:
+    """All texts of a corpus, parsed; a problem is an error."""
+    found = []
+    for shard in sources.find(corpus, column, most).shards:
+        for record in shard.read():
+            text, problem = cleaning._text(record, column)
+            assert not problem, problem
+            found.append(text)
+    return found
+
+
+def problems(corpus: str) -> list[str]:
+    found = []
+    for shard in sources.find(corpus).shards:
+        for record in shard.read():
+            _, problem = cleaning._text(record, "text")
+            if problem:
+                found.append(f"{record.where}: {problem}")
+    return found
+
+
+def write_parquet(path: Path, texts: list[str], column: str = "text") -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    parquet.write_table(pa.table({"id": list(range(len(texts))), column: texts}), path)
+
+
+def write_csv(path: Path, texts: list[str]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["id", "text"])
+        rows.writerows(enumerate(texts))
+
+
+def zstd(content: bytes) -> bytes:
+    import zstandard
+
+    return zstandard.ZstdCompressor().compress(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("c.jsonl", lambda p: p.write_bytes(jsonl(TEXTS))),
+        ("c.json", lambda p: p.write_text(json.dumps([{"text": t} for t in TEXTS]))),
+        ("lines.json", lambda p: p.write_bytes(jsonl(TEXTS))),
+        ("c.jsonl.gz", lambda p: p.write_bytes(gzip.compress(jsonl(TEXTS)))),
+        ("c.jsonl.zst", lambda p: p.write_bytes(zstd(jsonl(TEXTS)))),
+        ("c.jsonl.bz2", lambda p: p.write_bytes(bz2.compress(jsonl(TEXTS)))),
+        (
+            "c.json.gz",
+            lambda p: p.write_bytes(
+                gzip.compress(json.dumps([{"text": t} for t in TEXTS]).encode())
+            ),
+        ),
+        ("c.parquet", lambda p: write_parquet(p, TEXTS)),
+        ("c.csv", lambda p: write_csv(p, TEXTS)),
+    ],
+)
+def test_a_file(tmp_path: Path, name: str, write: Callable) -> None:
+    write(tmp_path / name)
+    assert read(str(tmp_path / name)) == TEXTS
+    assert sources.find(str(tmp_path / name)).name in ("c", "lines")
+
+
+def test_a_folder_and_a_glob_of_many_forms(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("# A\n\ntext")
+    (tmp_path / "b.txt").write_text("b")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "c.jsonl").write_bytes(jsonl(["c1", "c2"]))
+    (tmp_path / "d.png").write_bytes(b"no text")
+    assert read(str(tmp_path)) == ["# A\n\ntext", "b", "c1", "c2"]
+    assert read(str(tmp_path / "*.txt")) == ["b"]
+    assert read(str(tmp_path / "**" / "*.jsonl")) == ["c1", "c2"]
+    assert [s.name for s in sources.find(str(tmp_path)).shards] == ["a.md", "b.txt", "sub/c.jsonl"]
+
+
+def test_another_column(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "c.parquet", TEXTS, "body")
+    assert read(str(tmp_path / "c.parquet"), "body") == TEXTS
+    with pytest.raises(DataError, match=r"no column 'text'(?s:.*)id, body(?s:.*)TEXT_COLUMN"):
+        read(str(tmp_path / "c.parquet"))
+    (tmp_path / "c.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(DataError, match="no column 'text'"):
+        read(str(tmp_path / "c.csv"))
+
+
+def test_packages() -> None:
+    assert len(read("package:papermill")) > 5
+    both = sources.find("package:papermill,nbformat")
+    assert both.name == "papermill_nbformat_docs" and len(both.shards) == 2
+
+
+def test_a_hugging_face_dataset_is_streamed(tmp_path: Path) -> None:
+    """A local folder stands for the hub: the same call, the same streaming."""
+    (tmp_path / "ds").mkdir()
+    (tmp_path / "ds" / "train.jsonl").write_bytes(jsonl(TEXTS))
+    assert read(f"hf:{tmp_path}/ds", most=7) == TEXTS[:7]
+    with pytest.raises(DataError, match="cannot be read"):
+        read("hf:no-such-owner/no-such-dataset")
+
+
+def test_what_is_wrong_is_named(tmp_path: Path) -> None:
+    good = gzip.compress(jsonl(TEXTS * 200))
+    (tmp_path / "cut.jsonl.gz").write_bytes(good[: len(good) // 2])
+    assert "the compressed file ends in the middle" in problems(str(tmp_path / "cut.jsonl.gz"))[-1]
+    (tmp_path / "cut.jsonl.zst").write_bytes(zstd(jsonl(TEXTS * 200))[:200])
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1 and no more")
+    assert "not Parquet" in problems(str(tmp_path / "cut.parquet"))[0]
+    (tmp_path / "cut.json").write_text('[{"text": "a"}, {"text": "b')
+    assert "cut.json:item 2: not JSON" in problems(str(tmp_path / "cut.json"))[0]
+    (tmp_path / "latin.csv").write_bytes("id,text\n1,Käse\n2,good\n".encode("latin-1"))
+    assert "latin.csv:2: not UTF-8 (0xe4" in problems(str(tmp_path / "latin.csv"))[0]
+    (tmp_path / "latin.txt").write_bytes("Käse".encode("latin-1"))
+    assert "latin.txt: not UTF-8" in problems(str(tmp_path / "latin.txt"))[0]
+
+
+def test_a_long_line_is_never_held(tmp_path: Path) -> None:
+    path = tmp_path / "long.jsonl"
+    with path.open("wb") as file:
+        file.write(jsonl(["before"]) + b'{"text": "')
+        for _ in range(50):
+            file.write(b"x" * 1_000_000)
+        file.write(b'"}\n' + jsonl(["after"]))
+    found = problems(str(path))
+    assert found == ["long.jsonl:2: longer than 10,000,000 bytes (50,000,013)"]
+    shard = sources.find(str(path)).shards[0]
+    assert [r.line for r in shard.read() if r.line][-1] == jsonl(["after"])
+
+
+def test_mixed_shards_and_those_done_are_not_done_again(tmp_path: Path, monkeypatch) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for n in range(3):
+        (folder / f"{n}.jsonl").write_bytes(jsonl([f"shard {n} text {i}" for i in range(30)]))
+    (folder / "1.jsonl").write_bytes(b"")  # an empty one among good ones
+    (folder / "3.jsonl").write_bytes(jsonl(["x"]) + '{"text": "Käse"}'.encode("latin-1"))
+    with pytest.raises(DataError, match=r"3\.jsonl:2: not UTF-8"):
+        data.prepare(str(folder), tmp_path)
+    (folder / "3.jsonl").write_bytes(jsonl(["mended"]))
+    done: list[str] = []
+    work = reading.read
+    monkeypatch.setattr(
+        reading, "read", lambda shard, *a, **k: done.append(shard.name) or work(shard, *a, **k)
+    )
+    found = data.prepare(str(folder), tmp_path)
+    assert done == ["3.jsonl"]
+    assert found.records == 61
+    data.prepare(str(folder), tmp_path)
+    assert done == ["3.jsonl"], "nothing was read again"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_an_unreadable_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "closed"
+    folder.mkdir()
+    (folder / "c.jsonl").write_bytes(jsonl(TEXTS))
+    (folder / "c.jsonl").chmod(0)
+    with pytest.raises(DataError, match="may not be read"):
+        read(str(folder))
+
+
+def test_a_link_that_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "TIMEOUT", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        threading.Thread(target=silent.accept, daemon=True).start()
+        since = time.monotonic()
+        with pytest.raises(DataError, match="cannot be read"):
+            read(f"http://127.0.0.1:{silent.getsockname()[1]}/c.jsonl")
+        assert time.monotonic() - since < 10
+
+
+def test_object_storage_without_its_package() -> None:
+    with pytest.raises(DataError, match=r"gs:// needs another package(?s:.*)gcsfs==2025\.3\.0"):
+        sources.find("gs://bucket/c.jsonl")
