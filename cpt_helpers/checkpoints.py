@@ -235,7 +235,9 @@ def write_manifest(
     return sum(file["bytes"] for file in files.values())
 
 
-def prune(run: Run, keep: int | None, held_out: str | None) -> list[int]:
+def prune(
+    run: Run, keep: int | None, held_out: str | None, newest: Path | None = None
+) -> list[int]:
     """Removes all but the last checkpoints and the best, and what crashes left half-written.
 
     Must not run while a checkpoint is being written.
@@ -244,6 +246,8 @@ def prune(run: Run, keep: int | None, held_out: str | None) -> list[int]:
         run: Whose.
         keep: How many of the last; ``None`` keeps all.
         held_out: The best has the lowest loss on this dataset.
+        newest: The checkpoint just written. Those of later steps are of a time before the run went
+            back, passed over for what was wrong with them: they neither count nor stay.
 
     Returns:
         The steps whose checkpoints went.
@@ -256,13 +260,23 @@ def prune(run: Run, keep: int | None, held_out: str | None) -> list[int]:
         for checkpoint in unfinished:
             remove(checkpoint.path)
     if keep:
-        measured = [c for c in finished if c.whole and held_out in c.losses]
+        last = next((c.step for c in finished if c.path == newest), None)
+        counted = [c for c in finished if last is None or c.step <= last]
+        counted.sort(key=lambda c: (c.step, c.path == newest))
+        measured = [c for c in counted if c.whole and held_out in c.losses]
         best = min(measured, key=lambda c: c.losses[held_out], default=None)
-        for checkpoint in finished[:-keep]:
-            if checkpoint != best:
+        for checkpoint in finished:
+            if checkpoint not in counted[-keep:] and checkpoint != best:
                 remove(checkpoint.path)
                 gone.append(checkpoint.step)
     return gone
+
+
+def unfinished_bytes(run: Run) -> int:
+    """What crashes left half-written: room that a restart makes free."""
+    left = [c.path for c in listing(run, deep=False) if not (c.path / MANIFEST).is_file()]
+    left += run.output.glob("checkpoint-*")
+    return sum(f.stat().st_size for p in left for f in p.rglob("*") if f.is_file())
 
 
 def remove(path: Path) -> None:

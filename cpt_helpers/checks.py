@@ -156,6 +156,20 @@ def check_numbers(args: dict[str, Any], path: Path) -> None:
             expected="seconds that a worker may keep the others waiting, 10 to 86,400 (a day)",
             do="minutes, such as 1800: with years a hung run is never noticed, and always paid for",
         )
+    if args.get("save_only_model"):
+        raise ConfigError(
+            "save_only_model leaves nothing to go on from",
+            where=f"{path}{line_of(path, 'save_only_model')}",
+            expected="checkpoints with the optimizer's state",
+            do="leave it out; save_total_limit keeps the disk level, and step 6 exports the model",
+        )
+    if str(args.get("report_to", "none")) not in ("mlflow", "none", "['mlflow']", "['none']"):
+        raise ConfigError(
+            f"report_to: {args['report_to']!r}",
+            where=f"{path}{line_of(path, 'report_to')}",
+            expected="mlflow or none",
+            do="choose one of these; metrics.jsonl in the run's folder serves other trackers",
+        )
     if args.get("load_best_model_at_end"):
         raise ConfigError(
             "load_best_model_at_end looks for checkpoints in output_dir, and they are on the "

@@ -163,6 +163,12 @@ def resolve(
         deepspeed = _deepspeed_file(str(args["deepspeed"]), path)
         args["deepspeed"] = str(run.config_dir / deepspeed.name)
         why["deepspeed"] = f"a copy of {deepspeed.name} the workers can read"
+    args.setdefault("ray_num_workers", 1)
+    args.setdefault("report_to", "none")
+    if args.get("eval_dataset") and not args.get("eval_on_each_dataset"):
+        args["eval_on_each_dataset"], why["eval_on_each_dataset"] = True, "a loss for each"
+    if args.get("logging_steps", 500) > max(args.get("max_steps", -1), 0) > 0:
+        args["logging_steps"], why["logging_steps"] = 1, "more than there are steps"
     if taken := checks.take_secrets(args):
         why["ray_init_kwargs"] = f"taken out: {', '.join(taken)}; export them instead"
     checks.refuse_secrets(args, path)

@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+from . import checkpoints
 from .environment import in_words
 from .errors import CptError, StorageError, TrainingError
 from .run import Run
@@ -67,7 +68,8 @@ def cause_of(run: Run, since: float) -> Cause:
     logs = sorted(run.logs.glob("rank-*.log"))
     cause = Cause([log for log in logs if log.stat().st_mtime >= since])
     # On a full storage the logs cannot say so: they are on it.
-    cause.full |= shutil.disk_usage(run.storage).free < (last_save(run) or _LITTLE)
+    free = shutil.disk_usage(run.storage).free + checkpoints.unfinished_bytes(run)
+    cause.full |= free < (last_save(run) or _LITTLE)
     return cause
 
 

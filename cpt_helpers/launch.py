@@ -6,6 +6,7 @@ one places the same training function on GPUs or CPUs and has Ray restart it whe
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -58,6 +59,7 @@ def train(
     """
     if run.state == "complete":
         print(f"the run '{run.name}' is trained: nothing to do, {run.folder} is as it was")
+        tracking.catch_up(run, args)
         return summary(run)
     args = config.with_workers(args, workers)
     with run.held():
@@ -99,6 +101,13 @@ def summary(run: Run) -> dict[str, Any]:
     launched = json.loads((run.logs / "launched.json").read_text())["launched"]
     steps = [event for event in events if event["event"] == "step"]
     tokens = starts[-1]["tokens_per_step"]
+    if not steps:
+        raise TrainingError(
+            f"the run '{run.name}' logged no step",
+            where=run.metrics,
+            expected="logging_steps of at most max_steps",
+            do="train it under another RUN_NAME with logging_steps: 1",
+        )
     first = steps[0]["time"] - steps[0]["seconds"] * steps[0]["step"]
     return {
         "steps": end["step"],
@@ -124,9 +133,12 @@ def _resources(args: dict[str, Any]) -> dict[str, float]:
 def _require_room(run: Run, args: dict[str, Any], resumed: checkpoints.Checkpoint | None) -> None:
     """Refuses a run whose checkpoints would fill the storage; what is there already is counted."""
     need = _disk(run, args)
-    have = sum(c.bytes for c in checkpoints.listing(run, deep=False)) / 2**30 if resumed else 0.0
-    there = f"; {have:.3g} GiB of it are there" if have else ""
-    environment.require_room(run.storage, max(need.total - have, 0.0), need.in_words() + there)
+    there = (
+        [c.bytes for c in checkpoints.listing(run, deep=False) if c.world_size] if resumed else []
+    )
+    have = (sum(there) + checkpoints.unfinished_bytes(run)) / 2**30
+    said = f"; {have:.3g} GiB of it are there" if have else ""
+    environment.require_room(run.storage, max(need.total - have, 0.0), need.in_words() + said)
 
 
 def _disk(run: Run, args: dict[str, Any]) -> planning.Disk:
@@ -137,7 +149,8 @@ def _disk(run: Run, args: dict[str, Any]) -> planning.Disk:
     from .export import config_of
 
     size = planning.model_size(config_of(args["model_name_or_path"]), "", args)
-    steps = max(args.get("max_steps", -1), 1)
+    steps = args.get("max_steps", -1)
+    steps = steps if steps > 0 else 1000 * args.get("save_steps", 500)  # as many as are kept
     return planning.disk(args, size, steps)
 
 
@@ -190,6 +203,7 @@ def _fit(
         with _quiet(), tracking.variables_for_workers(run, args):
             trainer.fit()
     except KeyboardInterrupt:
+        _stop_workers(run, attempts.began[0])
         done = [event["step"] for event in run.events() if event["event"] == "step"]
         raise Interrupted(
             f"the training of '{run.name}' was stopped by hand at step {max(done, default=0)}",
@@ -199,7 +213,32 @@ def _fit(
     except CptError:
         raise
     except (TrainingFailedError, RuntimeError, ValueError, OSError) as error:
-        raise failures.readable(run, str(error), attempts.began) from None
+        said = str(error.__cause__ or error)
+        raise failures.readable(run, said, attempts.began) from None
+
+
+def _stop_workers(run: Run, launched: float) -> None:
+    """Ends the workers of a training that was stopped by hand, in a session that goes on."""
+    starts = [e for e in run.events() if e["event"] == "start" and e["time"] >= launched]
+    for rank in starts[-1]["ranks"] if starts else ():
+        with contextlib.suppress(Exception):  # it has ended already
+            kill(rank)
+
+
+def kill(rank: dict[str, Any]) -> None:
+    """Kills a worker with SIGKILL, on whatever node it is.
+
+    Args:
+        rank: Its ``node`` (Ray's id) and ``pid``, as the run's ``start`` event names them.
+    """
+    import signal
+
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    there = NodeAffinitySchedulingStrategy(rank["node"], soft=False)
+    end = ray.remote(num_cpus=0, scheduling_strategy=there)(os.kill)
+    ray.get(end.remote(rank["pid"], signal.SIGKILL), timeout=60)
 
 
 class _Attempts:
@@ -212,8 +251,11 @@ class _Attempts:
         before = json.loads(path.read_text())["launched"] if path.is_file() else []
         path.write_text(json.dumps({"launched": [*before, launched]}))
 
-    def failed(self) -> None:
+    def failed(self, said: str) -> None:
         """Called when Ray is about to restart the workers.
+
+        Args:
+            said: What Ray gives as the reason.
 
         Raises:
             TrainingError: They would only fail again.
@@ -223,8 +265,8 @@ class _Attempts:
             for event in self.run.events()
         )
         cause = failures.cause_of(self.run, self.began[-1])
-        if cause.full or (cause.reason and not trained):
-            raise failures.readable(self.run, "", self.began)
+        if cause.full or cause.log is None or (cause.reason and not trained):
+            raise failures.readable(self.run, said, self.began)
         show.say(
             f"{cause.sentence}; restart {len(self.began)} of {self.retries} "
             "from the newest whole checkpoint"
@@ -237,7 +279,7 @@ def _tune_callback(attempts: _Attempts) -> Any:
 
     class Restarts(Callback):
         def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            attempts.failed()
+            attempts.failed(str(trial.get_error() or ""))
 
     return Restarts()
 
@@ -258,7 +300,6 @@ def evidence(run: Run) -> list[str]:
 @contextmanager
 def _quiet() -> Any:
     """Keeps Ray Tune's own words (where it saves, how to open TensorBoard) out of the notebook."""
-    import contextlib
     import io
     import logging
     import warnings

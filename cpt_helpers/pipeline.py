@@ -135,6 +135,13 @@ def train(arguments: Any) -> int:
     """``python -m cpt_helpers train``: the training alone, also to take it up again."""
     run = Run.open(arguments.run, arguments.storage)
     given = arguments.config or arguments.corpus or arguments.overrides
+    if given and run.train_yaml.is_file() and not arguments.config:
+        raise ParameterError(
+            f"the run '{run.name}' has a recipe, and other settings were given without one",
+            where=run.train_yaml,
+            expected="--config beside --corpus and --overrides, or none of the three",
+            do="say --config with the recipe it was made from",
+        )
     if given or not run.train_yaml.is_file():
         overrides = as_overrides(arguments.overrides)
         configure(run, arguments.config or DEFAULT_RECIPE, arguments.corpus, overrides)

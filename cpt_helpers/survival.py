@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from dataclasses import dataclass
@@ -74,6 +75,8 @@ def demonstrate(run: Run, args: dict[str, Any]) -> Survival:
     recipe = _recipe(run, args, folder)
     undisturbed, killed = Run("undisturbed", folder), Run("killed", folder)
     record = folder / "killed.json"
+    if not record.is_file():  # interrupted: what it would show is lost, it is a minute's work
+        shutil.rmtree(killed.folder, ignore_errors=True)
     with environment.cluster():
         for each in (undisturbed, killed):
             if each.state == "complete" and record.is_file() | (each is undisturbed):
@@ -179,11 +182,12 @@ def _train_and_kill(run: Run, args: dict[str, Any]) -> dict[str, Any]:
     done = threading.Event()
 
     def watch() -> None:
+        since = time.time()
         while not done.wait(0.05):
-            events = run.events()
+            events = [e for e in run.events() if e["time"] >= since]
             if any(e["event"] == "step" and e["step"] >= KILL_AT for e in events):
                 start = next(e for e in reversed(events) if e["event"] == "start")
-                kill(start["ranks"][RANK])
+                launch.kill(start["ranks"][min(RANK, len(start["ranks"]) - 1)])
                 seen["killed_at"] = losses(run)[-1][0]
                 seen["time"] = time.time()
                 return
@@ -210,20 +214,3 @@ def _train_and_kill(run: Run, args: dict[str, Any]) -> dict[str, Any]:
         "resumed_from": starts[-1]["step"],
         "seconds_lost": round(again["time"] - seen["time"], 1),
     }
-
-
-def kill(rank: dict[str, Any]) -> None:
-    """Kills a worker with SIGKILL, on whatever node it is.
-
-    Args:
-        rank: Its ``node`` (Ray's id) and ``pid``, as the run's ``start`` event names them.
-    """
-    import os
-    import signal
-
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    there = NodeAffinitySchedulingStrategy(rank["node"], soft=False)
-    end = ray.remote(num_cpus=0, scheduling_strategy=there)(os.kill)
-    ray.get(end.remote(rank["pid"], signal.SIGKILL))

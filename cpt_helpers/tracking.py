@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ from .errors import TrackingError
 from .run import Run
 from .streams import hushed
 
-_FOLDER = "cpt.folder"  # the tag by which a run is known again
+_MARK = "cpt.run"  # the tag by which a run is known again
 _SEND_SECONDS = 2.0
 VARIABLES = b"cpt_helpers"  # namespace in the key-value store of Ray's head, which is in memory
 
@@ -45,7 +46,7 @@ def variables_for_workers(run: Run, args: dict[str, Any]) -> Iterator[None]:
     from ray.experimental import internal_kv
 
     variables = json.dumps(worker_environment(run, args)).encode()
-    key = run.name.encode()
+    key = str(run.folder).encode()
     internal_kv._internal_kv_put(key, variables, overwrite=True, namespace=VARIABLES)
     try:
         yield
@@ -53,11 +54,18 @@ def variables_for_workers(run: Run, args: dict[str, Any]) -> Iterator[None]:
         internal_kv._internal_kv_del(key, namespace=VARIABLES)
 
 
-def take_variables(run_name: str) -> dict[str, str]:
-    """In a worker: the variables the driver laid down for this run."""
+def take_variables(run: Run) -> dict[str, str]:
+    """In a worker: the variables the driver laid down for this run.
+
+    Raises:
+        TrackingError: There are none: the driver has ended.
+    """
     from ray.experimental import internal_kv
 
-    return json.loads(internal_kv._internal_kv_get(run_name.encode(), namespace=VARIABLES))
+    laid = internal_kv._internal_kv_get(str(run.folder).encode(), namespace=VARIABLES)
+    if laid is None:
+        raise TrackingError("the driver of this training has ended", where=run.folder)
+    return json.loads(laid)
 
 
 def prepare(run: Run, args: dict[str, Any]) -> str | None:
@@ -85,14 +93,25 @@ def prepare(run: Run, args: dict[str, Any]) -> str | None:
             store = (run.mlflow_db.parent / "artifacts").as_uri() if "sqlite" in uri else None
             mlflow.create_experiment(experiment, artifact_location=store)
     except Exception as error:
-        raise TrackingError(
-            f"MLflow's tracking store does not answer: {str(error).splitlines()[0][:200]}",
-            where=uri.split("@")[-1],  # without a user's password
-            expected="a running server, and leave to write to it",
-            do="correct MLFLOW_TRACKING_URI, unset it for the embedded store, or train without "
-            "tracking: OVERRIDES = {'report_to': 'none'}",
-        ) from None
+        raise _no_answer(uri, error) from None
     return uri
+
+
+def _no_answer(uri: str, error: Exception) -> TrackingError:
+    return TrackingError(
+        f"MLflow's tracking store does not answer: {(str(error).splitlines() or [''])[0][:200]}",
+        where=uri.split("@")[-1],  # without a user's password
+        expected="a running server, and leave to write to it",
+        do="correct MLFLOW_TRACKING_URI, unset it for the embedded store, or train without "
+        "tracking: OVERRIDES = {'report_to': 'none'}",
+    )
+
+
+def catch_up(run: Run, args: dict[str, Any]) -> None:
+    """Sends what MLflow did not take while a run was trained that is complete now."""
+    if "mlflow" in str(args.get("report_to")):
+        with mirrored(run, args):
+            pass
 
 
 @contextmanager
@@ -107,7 +126,10 @@ def mirrored(run: Run, args: dict[str, Any]) -> Iterator[None]:
     if uri is None:
         yield
         return
-    mirror = _Mirror(run, args, uri)
+    try:
+        mirror = _Mirror(run, args, uri)
+    except Exception as error:
+        raise _no_answer(uri, error) from None
     done = threading.Event()
 
     def watch() -> None:
@@ -138,7 +160,7 @@ class _Mirror:
             name = worker_environment(run, args)["MLFLOW_EXPERIMENT_NAME"]
             experiment = self.client.get_experiment_by_name(name)
             found = self.client.create_run(
-                experiment.experiment_id, run_name=run.name, tags={_FOLDER: str(run.folder)}
+                experiment.experiment_id, run_name=run.name, tags={_MARK: _mark(run)}
             )
         self.id = found.info.run_id
         self.client.update_run(self.id, status="RUNNING")
@@ -195,11 +217,20 @@ def _metrics(event: dict[str, Any]) -> dict[str, float]:
 
 
 def _find(client: Any, run: Run) -> Any | None:
-    """The run in MLflow, by its folder: names may be used again."""
+    """The run in MLflow, by the mark in its folder: names and paths may be used again."""
     experiments = [e.experiment_id for e in client.search_experiments()]
-    query = f"tags.`{_FOLDER}` = '{run.folder}'"
+    query = f"tags.`{_MARK}` = '{_mark(run)}'"
     found = client.search_runs(experiments, query, max_results=1) if experiments else []
     return found[0] if found else None
+
+
+def _mark(run: Run) -> str:
+    """A random name of the run's own, kept in its folder."""
+    path = run.logs / "mlflow-mark"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(uuid.uuid4().hex, "utf-8")
+    return path.read_text("utf-8")
 
 
 def recorded(run: Run, uri: str) -> dict[str, Any]:

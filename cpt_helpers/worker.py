@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,15 @@ def train_loop(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     run = Run(config["run"], Path(config["storage"]))
-    os.environ.update(take_variables(run.name))
     for name in _NOT_NEEDED:
         sys.modules.setdefault(name, None)
     args = dict(config["args"])
     with _log_of(rank, run.logs):
+        os.environ.update(take_variables(run))
         if args.get("use_cpu"):
             join_cpu_group()
+        if args.get("deepspeed"):
+            _bound_waiting(args.get("ddp_timeout", 1800))
         resumed = _agree(run, config, rank)
         _clear_output(Path(args["output_dir"]), context.get_local_rank())
         args |= _taking_up(run, args, resumed, world_size)
@@ -67,6 +70,19 @@ def join_cpu_group() -> None:
     # Only DeepSpeed's inference uses this operator (0.16.9), and making it takes a C++ compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+
+
+def _bound_waiting(seconds: int) -> None:
+    """Has DeepSpeed's groups wait as long as ``ddp_timeout`` says.
+
+    DeepSpeed 0.16.9 clones the world group for ZeRO, and a clone has torch's own time-out: half an
+    hour with gloo, ten minutes with NCCL.
+    """
+    import torch.distributed as dist
+    from deepspeed.utils import groups
+
+    every = list(range(dist.get_world_size()))
+    groups._WORLD_GROUP = dist.new_group(every, timeout=timedelta(seconds=seconds))
 
 
 def _agree(run: Run, config: dict[str, Any], rank: int) -> dict[str, Any] | None:
@@ -145,7 +161,7 @@ def _taking_up(
 
 
 def _use_own_trainer(callback: Any) -> None:
-    """Puts two things right in LLaMA-Factory 0.9.3's trainer for pre-training.
+    """Puts three things right in LLaMA-Factory 0.9.3's trainer for pre-training.
 
     Its callback that saves a multimodal model's processor comes after all others, so that ours
     would miss it. And DeepSpeed 0.16.9 drops empty parameter groups, which under LoRA torch ≥ 2.13
@@ -160,6 +176,13 @@ def _use_own_trainer(callback: Any) -> None:
             optimizer = super().create_optimizer()
             merge_groups(optimizer)
             return optimizer
+
+        def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+            if self.state.global_step >= self.state.max_steps:
+                # Taken up from the last step's checkpoint, transformers 4.52.4 would do one more.
+                self.control.should_training_stop = True
+                return [], None
+            return super().get_batch_samples(*args, **kwargs)
 
         def train(self, *args: Any, **kwargs: Any) -> Any:
             self.callback_handler.callbacks.sort(key=lambda other: other is callback)
@@ -185,7 +208,7 @@ def _tokens_per_step(args: dict[str, Any]) -> int:
     """Tokens of one optimizer step over all workers."""
     micro = args.get("per_device_train_batch_size", 8)
     accumulation = args.get("gradient_accumulation_steps", 1)
-    return micro * accumulation * args["cutoff_len"] * args["ray_num_workers"]
+    return micro * accumulation * args["cutoff_len"] * args.get("ray_num_workers", 1)
 
 
 def _make_callback(run: Run, args: dict[str, Any], resumed: dict[str, Any] | None) -> Any:
@@ -214,6 +237,8 @@ def _make_callback(run: Run, args: dict[str, Any], resumed: dict[str, Any] | Non
                     file.write(json.dumps(line | values) + "\n")
 
         def on_train_begin(self, args, state, control, model=None, **kwargs):
+            # Of a checkpoint's state these would win over the recipe's.
+            state.compute_steps(args, state.max_steps)
             engine = kwargs.get("optimizer")
             places = _all_ranks({"node": context.get_node_id(), "pid": os.getpid()})
             self.write(
@@ -236,7 +261,7 @@ def _make_callback(run: Run, args: dict[str, Any], resumed: dict[str, Any] | Non
                 self.logged = (state.global_step, time.time())
 
         def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step >= state.max_steps and args.eval_strategy != "no":
+            if state.global_step >= state.max_steps and args.eval_strategy == "steps":
                 control.should_evaluate = True  # also where max_steps is no multiple of eval_steps
             return control
 
@@ -287,12 +312,13 @@ def _make_callback(run: Run, args: dict[str, Any], resumed: dict[str, Any] | Non
                 )
                 seconds = round(time.time() - since, 3)
                 self.write("save", state, bytes=size, seconds=seconds, path=str(place))
-                checkpoints.prune(run, keep, held_out)
+                checkpoints.prune(run, keep, held_out, newest=place)
             self.logged = (state.global_step, 0.0)
 
         def on_train_end(self, args, state, control, **kwargs):
             self.state = state
-            if self.measured[1]:  # after the last step; LLaMA-Factory would do it once more
+            before = resumed and resumed["step"] >= state.max_steps
+            if self.measured[1] or before:  # after the last step; it would be done once more
                 args.do_eval = False
 
     return RunCallback()

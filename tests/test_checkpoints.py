@@ -157,6 +157,18 @@ def test_the_last_ones_and_the_best_are_kept(run: Run) -> None:
     assert checkpoints.prune(run, None, "d_heldout") == []
 
 
+def test_a_run_that_went_back_keeps_what_it_writes_now(run: Run) -> None:
+    """Damaged ones of later steps neither count nor stay."""
+    write(run, 0, 5)
+    later = [write(run, n, step) for n, step in ((1, 50), (2, 55))]
+    for place in later:
+        flip(shard(place))
+    now = write(run, 0, 7, attempt=LATER)
+    assert checkpoints.prune(run, 2, None, newest=now) == [50, 55]
+    assert [c.step for c in checkpoints.listing(run)] == [5, 7]
+    assert checkpoints.latest(run).path == now
+
+
 def test_a_finished_checkpoint_is_never_written_over(run: Run) -> None:
     place = write(run, 0, 5)
     with pytest.raises(CheckpointError, match="over a finished one"):
