@@ -132,12 +132,13 @@ def tokenising(work: Path, name: str, model: str, repeats: int = 3) -> dict[str,
     alone, ours = [], []
     for number in range(repeats):  # turn by turn, so that drift falls on both
         since = time.monotonic()
-        tokens = sum(len(e.ids) for e in tokenizer._tokenizer.encode_batch(texts))
+        encode = tokenizer._tokenizer.encode_batch_fast
+        tokens = sum(len(e.ids) for e in encode(texts, add_special_tokens=False))
         alone.append(tokens / (time.monotonic() - since))
         packer = packing._Packer(tokenizer, 256)
         since = time.monotonic()
         packing._arrow(work / f"{number}.arrow", packer.blocks(texts))
-        ours.append(packer.tokens / (time.monotonic() - since))
+        ours.append((packer.tokens - len(texts)) / (time.monotonic() - since))
     rate, reference = statistics.median(ours), statistics.median(alone)
     return {
         "tokens_per_second": round(rate),

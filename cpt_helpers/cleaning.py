@@ -3,7 +3,7 @@
 Near duplicates are found by MinHash (Broder 1997) with ``rensa``, which makes signatures in Rust, a
 hundred times faster than in Python: ``datatrove`` does not fit beside the pins (numpy ≥ 2), and
 ``datasketch`` with its index in memory would grow with the corpus. Here signatures go to disk, and
-one band at a time is sorted: 16 bytes a document are in memory, none of its text.
+one band at a time is sorted: 20 bytes a document are in memory, and what is found of duplicates.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import json
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from . import forms
+from .errors import ParameterError, nearest
 from .forms import Record
 
 PERMUTATIONS, BANDS, ROWS = 120, 20, 6  # found at Jaccard 0.75 with 1 - (1 - 0.75^6)^20 = 98 %
@@ -25,6 +28,7 @@ SHINGLE = 3  # words
 _WORD = re.compile(r"\w+")
 _SEED = 42
 _EXAMPLES = 3
+_COMPARED = 64  # documents of a bucket that another is compared with at most
 # Gopher's filters (Rae et al. 2021, arXiv 2112.11446, table A1) and C4's (Raffel et al. 2020, arXiv
 # 1910.10683, section 2.2), those that need no list of words.
 _STOP = frozenset({"the", "be", "to", "of", "and", "that", "have", "with"})
@@ -49,6 +53,31 @@ class Cleaning:
     min_characters: int = 1
     max_characters: int = 0
     quality: bool = False
+
+
+def chosen(switches: dict[str, Any]) -> Cleaning:
+    """The switches a reader gives, by name.
+
+    Raises:
+        ParameterError: One is unknown, or its value of another kind.
+    """
+    known = {f.name: type(getattr(Cleaning(), f.name)) for f in fields(Cleaning)}
+    for name, value in switches.items():
+        if name not in known:
+            raise ParameterError(
+                f"CLEAN has no switch '{name}'",
+                expected=nearest(name, known),
+                do="correct the name or leave it out",
+            )
+        wanted = known[name]
+        right = isinstance(value, bool) if wanted is bool else isinstance(value, int | float)
+        if not right or (name == "near" and not 0 <= value <= 1):
+            raise ParameterError(
+                f"CLEAN: {name} is {value!r}",
+                expected="True or False" if wanted is bool else "a number (near: from 0 to 1)",
+                do="correct the value",
+            )
+    return Cleaning(**switches)
 
 
 @dataclass
@@ -111,7 +140,7 @@ def work(
     rejects, filtered, texts = Tally(), Tally(), []
     with (
         Path(path).open("w", encoding="utf-8") as out,
-        Path(path + ".rejects").open("w", encoding="utf-8") as refused,
+        Path(path + ".rejects").open("w", encoding="utf-8", errors="backslashreplace") as refused,
         Path(path + ".dropped").open("w", encoding="utf-8") as dropped,
     ):
         for record in records:
@@ -166,11 +195,10 @@ def _quality(text: str) -> str:
     return ""
 
 
-def duplicates(work: Path, parts: list[Part], cleaning: Cleaning) -> dict[int, tuple[str, int]]:
+def duplicates(parts: list[Part], cleaning: Cleaning) -> dict[int, tuple[str, int]]:
     """Which documents are dropped because of another one.
 
     Args:
-        work: Where intermediate files may go.
         parts: All parts of the corpus, in order; documents are numbered through.
         cleaning: Which duplicates to look for.
 
@@ -185,31 +213,65 @@ def duplicates(work: Path, parts: list[Part], cleaning: Cleaning) -> dict[int, t
     )
     found: dict[int, tuple[str, int]] = {}
 
-    def drop(first: int, second: int, exact: bool) -> None:
-        """Of two alike, the later goes; between the halves always the training one."""
-        crossed = held_out[first] != held_out[second]
-        goes, stays = (first, second) if crossed and held_out[second] else (second, first)
-        wanted = cleaning.contamination if crossed else (cleaning.exact if exact else cleaning.near)
-        if wanted:
-            kind = "the same text" if exact else "nearly the same text"
-            reason = f"{kind} is held out" if crossed else f"{kind} again"
-            found.setdefault(goes, (reason, stays))
-
-    for first, second in _same(_column(parts, 0)):
-        drop(first, second, exact=True)
+    for bucket in _buckets(_column(parts, 0)):
+        _compare(sorted(bucket, key=lambda d: (not held_out[d], d)), held_out, cleaning, found)
     if not (cleaning.near or cleaning.contamination):
         return found
     threshold = cleaning.near or Cleaning.near
-    seen: set[tuple[int, int]] = set()
     starts = np.cumsum([0, *counts])
+
+    @lru_cache(maxsize=512)
+    def shingled(document: int) -> frozenset[str]:
+        return frozenset(shingles(_document(parts, starts, document)))
+
+    seen: set[tuple[int, int]] = set()
+
+    def alike(one: int, other: int) -> bool:
+        if (one, other) in seen:
+            return False
+        seen.add((one, other))
+        a, b = shingled(one), shingled(other)
+        return len(a & b) >= threshold * len(a | b)
+
     for band in range(1, BANDS + 1):
-        for pair in _same(_column(parts, band)):
-            if pair[0] in found or pair[1] in found or pair in seen:
-                continue
-            seen.add(pair)
-            if _alike(parts, starts, *pair) >= threshold:
-                drop(*pair, exact=False)
+        for bucket in _buckets(_column(parts, band)):
+            ordered = sorted(bucket, key=lambda d: (not held_out[d], d))
+            _compare(ordered, held_out, cleaning, found, alike)
     return found
+
+
+def _compare(
+    bucket: list[int],
+    held_out: Any,
+    cleaning: Cleaning,
+    found: dict[int, tuple[str, int]],
+    alike: Callable[[int, int], bool] | None = None,
+) -> None:
+    """Drops those of a bucket that are like one before them: held-out ones come first, and stay.
+
+    Args:
+        bucket: Documents with one key.
+        held_out: Which documents are held out.
+        cleaning: Which duplicates are wanted gone.
+        found: What is dropped so far; added to.
+        alike: Decides; without it one key means one text.
+    """
+    kind = "nearly the same text" if alike else "the same text"
+    stay: list[int] = []
+    for document in bucket:
+        if document in found:
+            continue
+        for other in stay[-_COMPARED:]:
+            crossed = held_out[other] != held_out[document]
+            within = cleaning.near if alike else cleaning.exact
+            if not (cleaning.contamination if crossed else within):
+                continue
+            if alike is None or alike(other, document):
+                reason = f"{kind} is held out" if crossed else f"{kind} again"
+                found[document] = (reason, other)
+                break
+        else:
+            stay.append(document)
 
 
 def _column(parts: list[Part], band: int) -> Any:
@@ -224,28 +286,17 @@ def _column(parts: list[Part], band: int) -> Any:
     return np.concatenate(columns) if columns else np.zeros(0, np.uint64)
 
 
-def _same(keys: Any) -> list[tuple[int, int]]:
-    """Pairs of documents with one key: each with the first and with the one before it."""
+def _buckets(keys: Any) -> Iterator[list[int]]:
+    """Documents that share a key, where more than one does."""
     import numpy as np
 
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
-    again = np.flatnonzero((ordered[1:] == ordered[:-1]) & (ordered[1:] != 0)) + 1
-    pairs, first = [], -1
-    for at in again.tolist():
-        if first < 0 or ordered[first] != ordered[at]:
-            first = at - 1
-        document = int(order[at])
-        pairs.append((int(order[first]), document))
-        if at - 1 != first:
-            pairs.append((int(order[at - 1]), document))
-    return sorted(pairs, key=lambda pair: pair[1])
-
-
-def _alike(parts: list[Part], starts: Any, first: int, second: int) -> float:
-    """The Jaccard similarity of two documents' shingles, counted, not estimated."""
-    one, other = (shingles(_document(parts, starts, number)) for number in (first, second))
-    return len(one & other) / max(len(one | other), 1)
+    edges = np.flatnonzero(ordered[1:] != ordered[:-1]) + 1
+    begins, ends = np.concatenate([[0], edges]), np.concatenate([edges, [len(keys)]])
+    for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
+        if end - begin > 1 and ordered[begin]:
+            yield order[begin:end].tolist()
 
 
 def _document(parts: list[Part], starts: Any, number: int) -> str:
@@ -262,6 +313,8 @@ def _document(parts: list[Part], starts: Any, number: int) -> str:
 def shingles(text: str) -> set[str]:
     """A document's runs of three words; of one that is shorter, the whole."""
     words = _WORD.findall(text.lower())
+    if not words:  # signs only
+        return {text}
     return {" ".join(words[i : i + SHINGLE]) for i in range(max(len(words) - SHINGLE + 1, 1))}
 
 
@@ -306,7 +359,7 @@ def _text(record: Record, column: str) -> tuple[str, str]:
 
 def _kind(problem: str) -> str:
     """A problem without its particulars, to count by."""
-    return re.sub(r"\s*[(,:].*$| at character.*$| of more.*$", "", problem)
+    return re.sub(r" \(.*$|, not a string$|, U\+.*$| at character .*$", "", problem)
 
 
 def _line(file: Any, **values: str) -> None:

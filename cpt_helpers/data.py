@@ -112,15 +112,21 @@ def prepare(
         raise DataError(f"held-out fraction {fraction}", expected="a number between 0 and 1")
     if not 0 <= tolerate < 1:
         raise DataError(f"tolerated rate {tolerate}", expected="a number from 0 to below 1")
-    settings = json.dumps([_FORM, column, max_samples, fraction, tolerate, asdict(cleaning)])
+    if max_samples is not None and max_samples < 1:
+        raise DataError(f"max_samples {max_samples}", expected="a whole number, 1 or more")
+    column = source.column or column
+    settings = json.dumps([_FORM, column, fraction, asdict(cleaning)])
     mark = sources.mark_of(source)
-    key = hashlib.sha256(f"{settings}\n{mark}".encode()).hexdigest() if mark else ""
+    every = f"{settings}\n{tolerate}\n{max_samples}\n{mark}"
+    key = hashlib.sha256(every.encode()).hexdigest() if mark else ""
     folder = storage / "corpora" / source.name
     if key and folder.exists() and (there := load(source.name, storage)).key == key:
         register(storage / REGISTRY, entries_of(source.name))
         return there
     work = storage / "corpora" / f".{source.name}.work"
     with _alone(work):
+        if key and folder.exists() and (there := load(source.name, storage)).key == key:
+            return there  # another process has just made it
         how = (column, cleaning, fraction)
         found = _make(source, work, folder, how, tolerate, max_samples, settings, key)
     register(storage / REGISTRY, entries_of(source.name))
@@ -172,12 +178,11 @@ def _make(
 ) -> Corpus:
     """Reads every shard into parts, finds duplicates among them, and writes the two halves."""
     parts: list[Part] = []
-    rejects = Tally()
+    rejects, empty = Tally(), Tally()
     left = max_samples
     for shard in source.shards:
-        place = (
-            work / hashlib.sha256(f"{settings}\n{shard.name}\n{shard.mark}".encode()).hexdigest()
-        )
+        what = f"{settings}\n{left}\n{shard.name}\n{shard.mark}"
+        place = work / hashlib.sha256(what.encode("utf-8", "surrogateescape")).hexdigest()
         done = reading.done(place) if shard.mark else None
         if done is None:
             done = reading.read(shard, place, how, strict=not tolerate, most=left)
@@ -186,7 +191,7 @@ def _make(
             rejects.merge(part.rejects)
         parts += done
         if not sum(part.records for part in done) and len(source.shards) > 1:
-            rejects.examples.setdefault("an empty shard", []).append((shard.name, ""))
+            empty.add("an empty file", shard.name, "")
         if left is not None and (left := left - sum(part.records for part in done)) <= 0:
             break
     records = sum(part.records for part in parts)
@@ -198,7 +203,8 @@ def _make(
         )
     if rejects.total > tolerate * records:
         raise _too_many(source, rejects, records, tolerate)
-    dropped = cleaner.duplicates(work, parts, how[1])
+    rejects.merge(empty)
+    dropped = cleaner.duplicates(parts, how[1])
     return _write(source, folder, parts, dropped, rejects, records, how[2], key, work)
 
 
@@ -265,6 +271,7 @@ def _write(
         key=key,
     )
     if not all(counts):
+        shutil.rmtree(new, ignore_errors=True)
         raise DataError(
             f"'{source.given}' has {sum(counts)} documents: too few to hold out {fraction:.0%}",
             expected="at least one document to train on and one to measure with",
@@ -288,8 +295,11 @@ def _put(corpus: Corpus, new: Path, work: Path) -> Corpus:
         return corpus
     there = load(corpus.name, corpus.folder.parent.parent)
     if (there.sha256, there.fraction) == (corpus.sha256, corpus.fraction):
+        for name in ("rejects.jsonl", "dropped.jsonl", "corpus.json"):  # the same documents
+            (new / name).replace(corpus.folder / name)
         shutil.rmtree(work, ignore_errors=True)
-        return there
+        return corpus
+    shutil.rmtree(new, ignore_errors=True)
     raise DataError(
         f"the corpus name '{corpus.name}' is taken by other documents",
         where=f"{corpus.folder}: {there.documents + there.heldout_documents} documents from "

@@ -181,12 +181,19 @@ def weights(corpus: str | dict[str, float], replay: dict[str, float]) -> dict[st
     """
     given = {corpus: 1.0} if isinstance(corpus, str) else dict(corpus)
     for name, value in [*given.items(), *replay.items()]:
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 < value < math.inf:
             raise DataError(
                 f"'{name}' has the weight {value!r}",
                 expected="a number above nought",
                 do="leave a source out rather than giving it no weight",
             )
+    if both := set(given) & set(replay):
+        raise DataError(
+            f"'{', '.join(sorted(both))}' is both the corpus and replayed into it",
+            expected="a source in one of the two",
+            do="leave it out of REPLAY, or out of CORPUS",
+        )
     left = 1 - sum(replay.values())
     if left <= 0 or not given:
         raise DataError(

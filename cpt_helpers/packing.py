@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORM = 1  # of what is kept on the storage; another one is made anew
-_BATCH = 512  # documents tokenised at once, by all cores
+_BATCH, _CHARACTERS = 512, 4_000_000  # documents, and characters, tokenised at once by all cores
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ class _Packer:
         # LLaMA-Factory writes a forced first token over each block's own; here documents begin so.
         self.before = [tokenizer.bos_token_id] if forced else []
         self.after = [tokenizer.eos_token_id]
+        self.fast = _plain(tokenizer)
 
     def blocks(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
         """Arrays of whole blocks, shape ``(n, block_size)``, int32."""
@@ -100,10 +101,9 @@ class _Packer:
         self.dropped = len(rest)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        fast = getattr(self.tokenizer, "_tokenizer", None)
-        if fast is None:  # a tokenizer in Python only
+        if self.fast is None:  # a tokenizer in Python only
             return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        encode = getattr(fast, "encode_batch_fast", fast.encode_batch)  # without offsets
+        encode = getattr(self.fast, "encode_batch_fast", self.fast.encode_batch)  # no offsets
         return [encoded.ids for encoded in encode(texts, add_special_tokens=False)]
 
 
@@ -161,9 +161,22 @@ def tokenise(
     return found
 
 
+def _plain(tokenizer: PreTrainedTokenizerBase) -> Any | None:
+    """The tokenizer proper, without the truncation and padding somebody may have left in it."""
+    from tokenizers import Tokenizer
+
+    fast = getattr(tokenizer, "_tokenizer", None)
+    if fast is None:
+        return None
+    plain = Tokenizer.from_str(fast.to_str())
+    plain.no_truncation()
+    plain.no_padding()
+    return plain
+
+
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A digest of all that decides what a tokenizer makes of a text."""
-    fast = getattr(tokenizer, "_tokenizer", None)
+    fast = _plain(tokenizer)
     text = fast.to_str() if fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     special = [tokenizer.eos_token_id, tokenizer.bos_token_id]
     special.append(getattr(tokenizer, "add_bos_token", False))
@@ -220,10 +233,12 @@ def key_of(what: Any) -> str:
 
 def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
     batch: list[str] = []
+    characters = 0
     for text in texts:
         batch.append(text)
-        if len(batch) == size:
+        characters += len(text)
+        if len(batch) == size or characters >= _CHARACTERS:
             yield batch
-            batch = []
+            batch, characters = [], 0
     if batch:
         yield batch

@@ -16,7 +16,7 @@ from .errors import DataError
 from .forms import Record
 from .sources import Shard
 
-_CHUNK = 4_000_000  # characters a process takes at once
+_CHUNK, _RECORDS = 4_000_000, 10_000  # characters, and records, a process takes at once
 
 
 def read(
@@ -44,9 +44,16 @@ def read(
 def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
     chunk, size = [], 0
     for record in records:
+        if record.damaged:
+            raise DataError(
+                record.problem,
+                where=record.where,
+                expected="a file that can be read to its end",
+                do="fetch it again, or take it out; what was read of other files is kept",
+            )
         chunk.append(record)
         size += len(record.line or record.text or "")
-        if size >= _CHUNK:
+        if size >= _CHUNK or len(chunk) >= _RECORDS:
             yield chunk
             chunk, size = [], 0
     if chunk:
@@ -100,7 +107,14 @@ def done(place: Path) -> list[Part] | None:
         read = json.loads((place / "done.json").read_text("utf-8"))
     except (OSError, ValueError):
         return None
-    return [Part(**part | {k: _tally(part[k]) for k in ("rejects", "filtered")}) for part in read]
+    return [
+        Part(
+            **part
+            | {k: _tally(part[k]) for k in ("rejects", "filtered")}
+            | {"path": str(place / Path(part["path"]).name)}  # the storage may have been moved
+        )
+        for part in read
+    ]
 
 
 def _tally(values: dict) -> Tally:

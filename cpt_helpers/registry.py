@@ -43,7 +43,10 @@ def read_registry(registry: Path) -> dict[str, dict]:
         DataError: It is missing or not JSON.
     """
     try:
-        return json.loads(registry.read_text("utf-8"))
+        known = json.loads(registry.read_text("utf-8"))
+        if not isinstance(known, dict):
+            raise ValueError("it is no mapping of names")
+        return known
     except (OSError, ValueError) as error:
         raise DataError(
             f"the dataset registry cannot be read: {error}",

@@ -6,8 +6,9 @@ go through ``fsspec``: ``s3://`` and ``gs://`` work where ``s3fs`` or ``gcsfs`` 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import zlib
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -51,12 +52,14 @@ class Source:
         given: As the reader wrote it.
         shards: Its parts, in order.
         fraction: Share of its documents to hold out, by default.
+        column: The field that holds the text, where it is known.
     """
 
     name: str
     given: str
     shards: list[Shard]
     fraction: float
+    column: str | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def find(corpus: str, column: str = "text", max_samples: int | None = None) -> S
 
     Args:
         corpus: A name of :data:`BUILTIN`; ``package:<name>[,<name>]`` (docstrings of installed
-            packages); ``hf:<dataset>[:<config>][:<split>]``, streamed; or a path, glob, folder or
+            packages); ``hf:<dataset>[:<config>[:<split>]]``, streamed; or a path, glob, folder or
             URL (``http(s)://``, ``s3://``, ``gs://``) of JSON Lines, JSON, Parquet, CSV, text or
             Markdown, plain or compressed with gzip, zstd, bz2 or xz.
         column: The field that holds the text.
@@ -95,10 +98,11 @@ def find(corpus: str, column: str = "text", max_samples: int | None = None) -> S
     """
     if corpus in BUILTIN:
         builtin = BUILTIN[corpus]
-        return Source(corpus, corpus, builtin.shards(), builtin.fraction)
+        return Source(corpus, corpus, builtin.shards(), builtin.fraction, column="text")
     if corpus.startswith("package:"):
         packages = [p.strip() for p in corpus.removeprefix("package:").split(",") if p.strip()]
         name = assets.slug("_".join(packages)) + "_docs"
+        name = f"package_{name}" if name in BUILTIN else name
         return Source(name, corpus, [_package(p) for p in packages], 0.02)
     if corpus.startswith("hf:"):
         return _hub(corpus, column, max_samples)
@@ -116,12 +120,18 @@ def find(corpus: str, column: str = "text", max_samples: int | None = None) -> S
             where=corpus,
             do="rename it",
         )
-    return Source(name, corpus, _files(corpus, column), 0.05)
+    return Source(
+        name, corpus.split("?")[0] if "://" in corpus else corpus, _files(corpus, column), 0.05
+    )
 
 
 def _like_a_path(corpus: str) -> bool:
-    path = Path(corpus).expanduser()
-    return "/" in corpus or bool(path.suffix) or path.exists()
+    if "/" in corpus:
+        return True
+    with contextlib.suppress(RuntimeError):  # the home of nobody
+        path = Path(corpus).expanduser()
+        return bool(path.suffix) or path.exists()
+    return False
 
 
 def _name_of(corpus: str) -> str:
@@ -151,7 +161,9 @@ def _package(package: str) -> Shard:
 
 def _hub(corpus: str, column: str, max_samples: int | None) -> Source:
     name, *rest = corpus.removeprefix("hf:").split(":")
-    config, split = (rest[0] if len(rest) > 1 else None), (rest[-1] if rest else "train")
+    splits = [part for part in rest if part in ("train", "validation", "test")]
+    split = rest[1] if len(rest) > 1 else (splits or ["train"])[0]
+    config = rest[0] if len(rest) > 1 or (rest and not splits) else None
 
     def records() -> Iterator[Record]:
         from datasets import load_dataset
@@ -164,14 +176,16 @@ def _hub(corpus: str, column: str, max_samples: int | None) -> Source:
             raise
         except Exception as error:
             raise DataError(
-                f"the dataset '{name}' cannot be read: {str(error).splitlines()[0][:300]}",
+                f"the dataset '{name}' cannot be read: {_first(error)}",
                 where=corpus,
-                expected="hf:<dataset>[:<config>][:<split>] that the hub, or a local folder, has",
+                expected="hf:<dataset>[:<config>[:<split>]] that the hub, or a local folder, has",
                 do="correct the name; for a gated one accept its licence and export HF_TOKEN",
             ) from None
 
     shard = Shard(f"{name} {config or ''} {split}", "", records)
-    return Source(assets.slug(name.rstrip("/").split("/")[-1]), corpus, [shard], 0.05)
+    parts = [name.rstrip("/").split("/")[-1], config or "", "" if split == "train" else split]
+    own = assets.slug("_".join(part for part in parts if part))
+    return Source(f"hf_{own}" if own in BUILTIN else own, corpus, [shard], 0.05)
 
 
 def _files(pattern: str, column: str) -> list[Shard]:
@@ -184,10 +198,16 @@ def _files(pattern: str, column: str) -> list[Shard]:
         fs, root = fsspec.core.url_to_fs(
             pattern if remote else str(Path(pattern).expanduser().absolute()), **options
         )
+        fs.invalidate_cache()  # what was mended a moment ago is to be seen
         web = pattern.startswith(("http://", "https://"))
-        if any(mark in root for mark in "*[") or (not web and "?" in root):
+        globbed = any(mark in root for mark in "*[") or (not web and "?" in root)
+        if globbed and not (not remote and Path(root).exists()):
+            if not remote:
+                _require_readable(Path(root.split("*")[0].split("[")[0]).parent, pattern)
             names = [name for name in fs.glob(root) if _form(name)]
         elif not web and fs.isdir(root):
+            if not remote:
+                _require_readable(Path(root), pattern)
             names = [name for name in fs.find(root) if _form(name)]
         else:
             names = [root]
@@ -198,6 +218,8 @@ def _files(pattern: str, column: str) -> list[Shard]:
             where=pattern,
             do="pip install gcsfs==2025.3.0 (for gs://), which goes with the pins",
         ) from None
+    except DataError:
+        raise
     except FileNotFoundError as error:
         raise _missing(pattern, error) from None
     except Exception as error:  # each object storage has errors of its own
@@ -213,10 +235,25 @@ def _files(pattern: str, column: str) -> list[Shard]:
         Shard(
             PurePosixPath(name).name if len(names) == 1 else _short(name, root),
             _mark(details.get(name)),
-            lambda name=name: _read_file(fs, name, column, pattern),
+            lambda name=name: _read_file(fs, name, column, pattern, web),
         )
         for name in sorted(names)
     ]
+
+
+def _require_readable(folder: Path, pattern: str) -> None:
+    """fsspec leaves out what it may not list, without a word."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(
+            f"the folder may not be read: {error.strerror}",
+            where=error.filename,
+            expected=f"leave to read all of {pattern}",
+            do="change its permissions, or give what may be read",
+        )
+
+    for _ in os.walk(folder, onerror=refuse):
+        pass
 
 
 def _options(pattern: str) -> dict[str, Any]:
@@ -237,8 +274,9 @@ def _mark(details: dict[str, Any] | None) -> str:
     """Size, and time or digest, of a file; its content need not be read to know it changed."""
     if not details:
         return ""
-    when = details.get("ETag") or details.get("mtime") or details.get("LastModified") or ""
-    return f"{details.get('size')} {when}"
+    keys = ("ETag", "etag", "mtime", "LastModified", "last_modified")
+    when = next((details[key] for key in keys if details.get(key)), "")
+    return f"{details.get('size')} {when}" if when else ""
 
 
 def _form(name: str) -> str:
@@ -248,16 +286,18 @@ def _form(name: str) -> str:
     return next((form for form in FORMS if name.lower().endswith(form)), "")
 
 
-def _read_file(fs: Any, name: str, column: str, given: str) -> Iterator[Record]:
+def _read_file(fs: Any, name: str, column: str, given: str, web: bool) -> Iterator[Record]:
     short = PurePosixPath(name.split("?")[0]).name
     form = _form(name.split("?")[0]) or ".jsonl"
+    how = {"block_size": 0} if web else {}  # a stream: servers need not know ranges
     try:
         if form == ".parquet":
             with fs.open(name, "rb") as file:
                 yield from forms.parquet_of(file, column, short, given)
             return
-        with fs.open(name, "rb", compression="infer") as file:
+        with fs.open(name, "rb", **how) as packed:
             try:
+                file = forms.unpacked(packed, name.split("?")[0])
                 if form in (".jsonl", ".ndjson"):
                     yield from forms.lines_of(file, short)
                 elif form == ".json":
@@ -267,9 +307,12 @@ def _read_file(fs: Any, name: str, column: str, given: str) -> Iterator[Record]:
                         file, column, short, given, "\t" if form == ".tsv" else ","
                     )
                 else:
-                    yield forms.whole_of(file, short)
-            except (EOFError, zlib.error) as error:
-                yield Record(short, problem=f"the compressed file ends in the middle ({error})")
+                    yield from forms.whole_of(file, short)
+            except EOFError as error:
+                problem = f"the compressed file ends in the middle ({error})"
+                yield Record(short, problem=problem, damaged=True)
+            except forms.DAMAGE as error:
+                yield Record(short, problem=f"the file is damaged ({error})", damaged=True)
     except DataError:
         raise
     except FileNotFoundError as error:
@@ -279,9 +322,6 @@ def _read_file(fs: Any, name: str, column: str, given: str) -> Iterator[Record]:
             f"the file may not be read: {error.strerror}", where=name, do="change its permissions"
         ) from None
     except Exception as error:
-        if "zstd" in str(error).lower() or "zstandard" in type(error).__module__:
-            yield Record(short, problem=f"the compressed file is damaged ({error})")
-            return
         raise _unreachable(given, error) from None
 
 
@@ -290,7 +330,11 @@ def mark_of(source: Source) -> str:
     if not all(shard.mark for shard in source.shards):
         return ""
     text = "\n".join(f"{shard.name} {shard.mark}" for shard in source.shards)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _first(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:300] or type(error).__name__
 
 
 def _missing(pattern: str, error: Exception) -> DataError:
@@ -306,7 +350,7 @@ def _missing(pattern: str, error: Exception) -> DataError:
 
 def _unreachable(pattern: str, error: Exception) -> DataError:
     code = f"HTTP {error.status}, " if hasattr(error, "status") else ""
-    reason = f"{code}{str(error).splitlines()[0][:300] if str(error) else type(error).__name__}"
+    reason = f"{code}{_first(error)}"
     return DataError(
         f"the corpus cannot be read: {reason}",
         where=pattern,

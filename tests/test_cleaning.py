@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from cpt_helpers import assets, data, mixing, packing, reading, registry
+from cpt_helpers import assets, cleaning, data, mixing, packing, reading, registry
 from cpt_helpers.cleaning import Cleaning, failed, shingles
-from cpt_helpers.errors import DataError
+from cpt_helpers.errors import DataError, ParameterError
 
 
 def near(text: str, rng: random.Random, share: float = 0.02) -> str:
@@ -50,6 +50,20 @@ def test_planted_duplicates_are_found_and_clean_documents_kept(planted, tmp_path
     ]
     assert len(both) <= 0.05 * len(known["near"])
     assert len(known["near"]) >= 40
+
+
+def test_families_across_the_halves(documents, tmp_path: Path) -> None:
+    """Not only pairs: of several alike, in any order, none is trained on beside a held-out one."""
+    rng = random.Random(3)
+    long = list(dict.fromkeys(d for d in documents if len(d.split()) > 150))[:25]
+    family = [near(d, rng, 0.004) for d in long for _ in range(5)]
+    rng.shuffle(family)
+    path = tmp_path / "family.jsonl"
+    assets.write_jsonl(path, family)
+    found = data.prepare(str(path), tmp_path, fraction=0.3)
+    held, trained = list(data.texts_of(found.heldout)), list(data.texts_of(found.train))
+    assert held and trained
+    assert not [1 for h in held for t in trained if alike(t, h) >= 0.8]
 
 
 def alike(one: str, other: str) -> float:
@@ -122,6 +136,15 @@ def test_packing_joins_by_the_separator_and_loses_nothing(tokenizer, documents) 
     assert {len(block) for block in packed.blocks} == {64}
     joined = tokenizer.decode([token for block in packed.blocks for token in block])
     assert joined.split("<eos>")[:-1] == (documents * 4)[: joined.count("<eos>")]
+
+
+def test_what_was_left_in_a_tokenizer_cuts_nothing(tiny_gemma3: Path) -> None:
+    tokenizer = assets.tokenizer_of(str(tiny_gemma3))
+    plain = packing.fingerprint(tokenizer)
+    whole = packing.pack(["a long text of many words " * 20], tokenizer, 8).lengths
+    tokenizer("a b c d", truncation=True, max_length=2, padding="max_length")
+    assert packing.pack(["a long text of many words " * 20], tokenizer, 8).lengths == whole
+    assert packing.fingerprint(tokenizer) == plain
 
 
 def test_a_forced_first_token_is_written_over_nothing(tokenizer) -> None:
@@ -202,6 +225,16 @@ def test_weights_and_replay() -> None:
         mixing.weights("a", {"b": 0.6, "c": 0.5})
     with pytest.raises(DataError, match="'b' has the weight 0"):
         mixing.weights("a", {"b": 0})
+    with pytest.raises(DataError, match="both the corpus and replayed"):
+        mixing.weights({"a": 1, "news": 1}, {"news": 0.1})
+
+
+def test_switches_are_known_by_name() -> None:
+    assert cleaning.chosen({"near": 0, "quality": True}).quality
+    with pytest.raises(ParameterError, match=r"no switch 'nere'(?s:.*)nearest known: near"):
+        cleaning.chosen({"nere": 1})
+    with pytest.raises(ParameterError, match="exact is 'yes'"):
+        cleaning.chosen({"exact": "yes"})
 
 
 def _register(path: str, number: int) -> None:

@@ -132,7 +132,19 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     good = gzip.compress(jsonl(TEXTS * 200))
     (tmp_path / "cut.jsonl.gz").write_bytes(good[: len(good) // 2])
     assert "the compressed file ends in the middle" in problems(str(tmp_path / "cut.jsonl.gz"))[-1]
-    (tmp_path / "cut.jsonl.zst").write_bytes(zstd(jsonl(TEXTS * 200))[:200])
+    packed = zstd(jsonl([f"{i} {t}" for i, t in enumerate(TEXTS * 200)]))
+    (tmp_path / "cut.jsonl.zst").write_bytes(packed[: len(packed) // 2])
+    assert "the compressed file ends in the middle" in problems(str(tmp_path / "cut.jsonl.zst"))[-1]
+    (tmp_path / "two.jsonl.zst").write_bytes(zstd(jsonl(["a"])) + zstd(jsonl(["b"])))
+    assert read(str(tmp_path / "two.jsonl.zst")) == ["a", "b"]
+    (tmp_path / "not.jsonl.gz").write_bytes(jsonl(TEXTS))
+    assert "the file is damaged" in problems(str(tmp_path / "not.jsonl.gz"))[0]
+    (tmp_path / "loose.csv").write_text("id,text\n1,Hello 1, world\n2,good\n")
+    assert "more fields than the header's 2" in problems(str(tmp_path / "loose.csv"))[0]
+    (tmp_path / "open.csv").write_text('id,text\n1,"never closed\n2,good\n')
+    assert "not CSV" in problems(str(tmp_path / "open.csv"))[-1]
+    with pytest.raises(DataError, match="ends in the middle"):  # whatever is tolerated
+        data.prepare(str(tmp_path / "cut.jsonl.gz"), tmp_path / "s", tolerate=0.5)
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 and no more")
     assert "not Parquet" in problems(str(tmp_path / "cut.parquet"))[0]
     (tmp_path / "cut.json").write_text('[{"text": "a"}, {"text": "b')
@@ -141,6 +153,17 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     assert "latin.csv:2: not UTF-8 (0xe4" in problems(str(tmp_path / "latin.csv"))[0]
     (tmp_path / "latin.txt").write_bytes("Käse".encode("latin-1"))
     assert "latin.txt: not UTF-8" in problems(str(tmp_path / "latin.txt"))[0]
+
+
+def test_byte_order_marks_and_one_object_over_lines(tmp_path: Path) -> None:
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / "m.jsonl").write_bytes(mark + jsonl(["a", "b"]))
+    (tmp_path / "m.json").write_bytes(
+        mark + json.dumps([{"text": "a"}, {"text": "b"}], indent=2).encode()
+    )
+    (tmp_path / "one.json").write_text(json.dumps({"text": "alone"}, indent=2))
+    assert read(str(tmp_path / "m.jsonl")) == read(str(tmp_path / "m.json")) == ["a", "b"]
+    assert read(str(tmp_path / "one.json")) == ["alone"]
 
 
 def test_a_long_line_is_never_held(tmp_path: Path) -> None:
@@ -178,14 +201,28 @@ def test_mixed_shards_and_those_done_are_not_done_again(tmp_path: Path, monkeypa
     assert done == ["3.jsonl"], "nothing was read again"
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_an_unreadable_folder(tmp_path: Path) -> None:
+    """As another user, where the tests are root's, who may read everything."""
     folder = tmp_path / "closed"
-    folder.mkdir()
+    (folder / "sub").mkdir(parents=True)
     (folder / "c.jsonl").write_bytes(jsonl(TEXTS))
-    (folder / "c.jsonl").chmod(0)
-    with pytest.raises(DataError, match="may not be read"):
-        read(str(folder))
+    (folder / "sub" / "d.jsonl").write_bytes(jsonl(TEXTS))
+    (folder / "sub").chmod(0)
+    child = os.fork()
+    if not child:  # nothing of pytest's may run in it
+        code = 1
+        try:
+            if os.geteuid() == 0:
+                for parent in (tmp_path, *list(tmp_path.parents)[:2]):
+                    parent.chmod(0o755)
+                os.setuid(65534)
+            sources._require_readable(folder, str(folder))
+        except DataError as error:
+            code = 0 if "may not be read" in str(error) and "sub" in str(error) else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    (folder / "sub").chmod(0o755)
 
 
 def test_a_link_that_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
