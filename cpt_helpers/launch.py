@@ -220,25 +220,43 @@ def _fit(
 def _stop_workers(run: Run, launched: float) -> None:
     """Ends the workers of a training that was stopped by hand, in a session that goes on."""
     starts = [e for e in run.events() if e["event"] == "start" and e["time"] >= launched]
+    at = hands() if starts else {}
     for rank in starts[-1]["ranks"] if starts else ():
         with contextlib.suppress(Exception):  # it has ended already
-            kill(rank)
+            kill(rank, at)
 
 
-def kill(rank: dict[str, Any]) -> None:
+def hands() -> dict[str, Any]:
+    """An actor on every other node that can end a process there; by node."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    class Hand:
+        def kill(self, pid: int, number: int) -> None:
+            os.kill(pid, number)
+
+    here = ray.get_runtime_context().get_node_id()
+    others = [n["NodeID"] for n in ray.nodes() if n["Alive"] and n["NodeID"] != here]
+    actor = ray.remote(num_cpus=0)(Hand)
+    there = {node: NodeAffinitySchedulingStrategy(node, soft=False) for node in others}
+    return {node: actor.options(scheduling_strategy=at).remote() for node, at in there.items()}
+
+
+def kill(rank: dict[str, Any], at: dict[str, Any]) -> None:
     """Kills a worker with SIGKILL, on whatever node it is.
 
     Args:
         rank: Its ``node`` (Ray's id) and ``pid``, as the run's ``start`` event names them.
+        at: :func:`hands` of the cluster.
     """
     import signal
 
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    there = NodeAffinitySchedulingStrategy(rank["node"], soft=False)
-    end = ray.remote(num_cpus=0, scheduling_strategy=there)(os.kill)
-    ray.get(end.remote(rank["pid"], signal.SIGKILL), timeout=60)
+    if rank["node"] == ray.get_runtime_context().get_node_id():
+        os.kill(rank["pid"], signal.SIGKILL)
+    else:
+        ray.get(at[rank["node"]].kill.remote(rank["pid"], signal.SIGKILL), timeout=60)
 
 
 class _Attempts:

@@ -180,6 +180,7 @@ def _small_model(like: str, folder: Path) -> None:
 def _train_and_kill(run: Run, args: dict[str, Any]) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     done = threading.Event()
+    hands = launch.hands()  # ready before the training is: its steps take milliseconds on GPUs
 
     def watch() -> None:
         since = time.time()
@@ -187,9 +188,8 @@ def _train_and_kill(run: Run, args: dict[str, Any]) -> dict[str, Any]:
             events = [e for e in run.events() if e["time"] >= since]
             if any(e["event"] == "step" and e["step"] >= KILL_AT for e in events):
                 start = next(e for e in reversed(events) if e["event"] == "start")
-                launch.kill(start["ranks"][min(RANK, len(start["ranks"]) - 1)])
-                seen["killed_at"] = losses(run)[-1][0]
-                seen["time"] = time.time()
+                launch.kill(start["ranks"][min(RANK, len(start["ranks"]) - 1)], hands)
+                seen.update(killed_at=losses(run)[-1][0], time=time.time())
                 return
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -200,7 +200,7 @@ def _train_and_kill(run: Run, args: dict[str, Any]) -> dict[str, Any]:
         done.set()
         thread.join()
     starts = [event for event in run.events() if event["event"] == "start"]
-    if len(starts) < 2:
+    if len(starts) < 2 or not seen:
         raise TrainingError(
             "the small run ended before its worker was killed",
             where=run.folder,

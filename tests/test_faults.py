@@ -355,6 +355,16 @@ def test_lora_and_freeze_killed(new, seen, kind: str) -> None:
     same(killed, alone, seen, restarts(killed))
 
 
+@pytest.mark.chosen
+def test_killed_after_the_last_step(new, undisturbed, seen) -> None:
+    """A rank killed when the final model is to be written."""
+    trained = new("final")
+    assert trained.train([{"what": "final", "ranks": [0]}]) == 0, trained.output
+    assert trained.starts == [0, 12]
+    assert trained.run.events()[-1]["step"] == 12
+    same(trained, undisturbed, seen, restarts(trained))
+
+
 def test_a_hung_worker_is_an_error_within_the_time_set(new, undisturbed, seen) -> None:
     """A worker that hangs, `ddp_timeout` 20 s."""
     trained = new("hung", ddp_timeout=20)

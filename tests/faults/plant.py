@@ -5,7 +5,8 @@
 ``{"what": "step", "ranks": [1], "step": 5}``      killed between backward and optimizer step
 ``{"what": "shard", "ranks": [1], "step": 6}``     killed while DeepSpeed writes a rank's shard
 ``{"what": "hand-over", "ranks": [0], "step": 6}`` killed while files go to the storage
-``{"what": "hang", "ranks": [1], "step": 5}``      stopped (SIGSTOP), so that the others wait
+``{"what": "hang", "ranks": [1], "step": 5}``      stopped (SIGSTOP) before a backward pass
+``{"what": "final", "ranks": [0]}``                killed when the final model is to be written
 ``{"what": "fill", "ranks": [0], "step": 8, "path": …, "leave": 5e5}`` the disk filled up to that
 ``{"what": "slow", "seconds": 0.5}``               every step takes longer, so that it can be hit
 """
@@ -48,7 +49,11 @@ def _plant(fault: dict[str, Any], mark: Path, rank: int) -> None:
 
     if what == "fill":
         _around_each_step(lambda step: _fill(fault) if step + 1 == fault["step"] else None)
-    elif what in ("step", "hang"):
+    elif what == "hang":
+        _in_backward(fault["step"], strike)
+    elif what == "final":
+        _in_final_save(strike)
+    elif what == "step":
         _around_each_step(lambda step: strike() if step + 1 == fault["step"] else None)
     elif what == "shard":
         _in_shard(fault["step"], strike)
@@ -75,6 +80,33 @@ def _around_each_step(act: Any) -> None:
         return loss
 
     Trainer.training_step = training_step
+
+
+def _in_backward(step: int, strike: Any) -> None:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    backward = DeepSpeedEngine.backward
+
+    def hung(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.global_steps + 1 == step:
+            strike()
+        return backward(self, *args, **kwargs)
+
+    DeepSpeedEngine.backward = hung
+
+
+def _in_final_save(strike: Any) -> None:
+    from transformers import Trainer
+
+    save = Trainer.save_model
+
+    def final(self: Any, output_dir: Any = None, *args: Any, **kwargs: Any) -> None:
+        if output_dir is None:
+            strike()
+        save(self, output_dir, *args, **kwargs)
+
+    Trainer.save_model = final
 
 
 def _in_shard(step: int, strike: Any) -> None:
