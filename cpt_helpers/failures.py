@@ -59,7 +59,8 @@ class Cause:
         elif any(mark in said for mark in _TIMED_OUT):
             self.sentence = "a worker hung: the others waited for it as long as ddp_timeout says"
         elif silent:
-            self.sentence = f"{names} ended without a word: killed, or out of memory"
+            one = "one of " if len(silent) > 1 else ""
+            self.sentence = f"{one}{names} ended without a word: killed, or out of memory"
         else:
             self.sentence = "a worker was lost"
 

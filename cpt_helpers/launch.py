@@ -28,6 +28,7 @@ from . import (
 )
 from .errors import CptError, Interrupted, TrainingError
 from .run import Run
+from .streams import hushed
 
 RETRIES = 3  # restarts after a failure, by default
 
@@ -148,7 +149,8 @@ def _disk(run: Run, args: dict[str, Any]) -> planning.Disk:
         return planning.Disk(**plan["disk"])
     from .export import config_of
 
-    size = planning.model_size(config_of(args["model_name_or_path"]), "", args)
+    with hushed():
+        size = planning.model_size(config_of(args["model_name_or_path"]), "", args)
     steps = args.get("max_steps", -1)
     steps = steps if steps > 0 else 1000 * args.get("save_steps", 500)  # as many as are kept
     return planning.disk(args, size, steps)

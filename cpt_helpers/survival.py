@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from . import assets, config, environment, launch
 from .errors import TrainingError
 from .run import Run
+from .streams import hushed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -126,7 +127,8 @@ def _recipe(run: Run, args: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The run's own recipe for a model of a few million parameters."""
     small = folder / "model"
     if not (small / "config.json").is_file():
-        _small_model(args["model_name_or_path"], small)
+        with hushed():
+            _small_model(args["model_name_or_path"], small)
     keep = set(config.MAY_CHANGE) | {
         "stage", "do_train", "use_cpu", "deepspeed", "dataset", "dataset_dir", "template",
         "bf16", "fp16", "optim", "lr_scheduler_type", "lr_scheduler_kwargs", "tokenized_path",
