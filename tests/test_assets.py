@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cpt_helpers import assets, data, export
+from cpt_helpers import assets, data, export, packing
 from cpt_helpers.errors import AssetError
 
 
@@ -36,7 +36,7 @@ def test_blocks_of_the_embedded_model(smollm2: Path, documents: list[str]) -> No
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|endoftext|>", 0)
     assert not getattr(tokenizer, "add_bos_token", False)
     assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id), "separators go unlearnt"
-    packed = data.pack(documents, tokenizer, 256)
+    packed = packing.pack(documents, tokenizer, 256)
     text = tokenizer.decode([token for block in packed.blocks for token in block])
     assert text.split("<|endoftext|>")[:-1] == documents[: text.count("<|endoftext|>")]
     assert "<|im_start|>" not in text and "<|im_end|>" not in text
@@ -88,5 +88,5 @@ def test_the_ray_documentation() -> None:
 
 def test_the_news(storage: Path) -> None:
     found = data.prepare("news", storage)
-    assert found.documents + found.heldout_documents + found.duplicates == 300
+    assert found.documents + found.heldout_documents + sum(found.dropped.values()) == 300
     assert json.loads((found.folder / "corpus.json").read_text())["source"] == "news"

@@ -28,6 +28,7 @@ def parameters(corpus: Path, tiny_gemma3: Path) -> dict:
             "cutoff_len": BLOCK,
             "max_steps": STEPS_TAKEN,
             "save_steps": 5,  # 5, 10, and the last
+            "save_total_limit": 3,
             "eval_steps": 5,
             "per_device_train_batch_size": MICRO,
             "learning_rate": 5e-3,

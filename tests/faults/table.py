@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from datetime import date
 from pathlib import Path
@@ -12,10 +13,11 @@ from pathlib import Path
 def main() -> None:
     seen = Path(sys.argv[1])
     rows = [json.loads(line) for line in seen.read_text("utf-8").splitlines()]
-    rows.sort(key=lambda row: int(row["fault"].split(" ")[0]) if row["fault"][0].isdigit() else 99)
+    rows.sort(key=lambda row: int((re.match(r"(\d+) ·", row["fault"]) or (0, 99))[1]))
     lines = [
         f"Seen on {date.today()}, {os.cpu_count()} CPU cores, by `make test-faults`: a tiny "
-        "Gemma-3 under Ray and DeepSpeed ZeRO-3, 12 steps, a checkpoint every third.",
+        "Gemma-3 under Ray and DeepSpeed ZeRO-3, 12 steps, a checkpoint every third. Each is held against the undisturbed run of its own "
+        "recipe and corpus.",
         "",
         "| fault | what was seen | losses and weights | seconds |",
         "|---|---|---|---|",
