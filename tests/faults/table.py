@@ -16,8 +16,8 @@ def main() -> None:
     rows.sort(key=lambda row: int((re.match(r"(\d+) ·", row["fault"]) or (0, 99))[1]))
     lines = [
         f"Seen on {date.today()}, {os.cpu_count()} CPU cores, by `make test-faults`: a tiny "
-        "Gemma-3 under Ray and DeepSpeed ZeRO-3, 12 steps, a checkpoint every third. Each is held against the undisturbed run of its own "
-        "recipe and corpus.",
+        "Gemma-3 under Ray and DeepSpeed ZeRO-3, 12 steps, a checkpoint every third. Each is held "
+        "against the undisturbed run of its own recipe and corpus.",
         "",
         "| fault | what was seen | losses and weights | seconds |",
         "|---|---|---|---|",
