@@ -33,9 +33,13 @@ def reviews() -> list[str]:
             asset = assets.WheelFile(
                 "gensim==4.3.3", f"gensim/test/test_data/{name}", digest, "see gensim's repository"
             )
-            for line in assets.fetch(asset, Path(scratch)).read_text("utf-8").splitlines():
+            for line in _text(assets.fetch(asset, Path(scratch))).splitlines():
                 texts.append(re.sub(r"^(__label__\w+|_\*\d+)\s+", "", line).strip())
     return [text for text in texts if text]
+
+
+def _text(path: Path) -> str:
+    return path.read_bytes().decode("cp1252", "replace")  # these files are not UTF-8
 
 
 def measure(folder: Path | str, sets: dict[str, list[str]], block: int) -> dict[str, float]:
