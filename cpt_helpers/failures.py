@@ -64,6 +64,17 @@ class Cause:
         else:
             self.sentence = "a worker was lost"
 
+    def hopeless(self, said: str, *, trained: bool) -> bool:
+        """Whether the workers would only fail again.
+
+        Args:
+            said: What Ray gives as the reason.
+            trained: Whether the attempt came as far as training.
+        """
+        if self.log is None:  # no rank began: lost on the way, or never able to
+            return "died" not in said.lower()
+        return self.full or bool(self.reason and not trained)
+
 
 def cause_of(run: Run, since: float) -> Cause:
     logs = sorted(run.logs.glob("rank-*.log"))

@@ -134,10 +134,9 @@ def _resources(args: dict[str, Any]) -> dict[str, float]:
 def _require_room(run: Run, args: dict[str, Any], resumed: checkpoints.Checkpoint | None) -> None:
     """Refuses a run whose checkpoints would fill the storage; what is there already is counted."""
     need = _disk(run, args)
-    there = (
-        [c.bytes for c in checkpoints.listing(run, deep=False) if c.world_size] if resumed else []
-    )
-    have = (sum(there) + checkpoints.unfinished_bytes(run)) / 2**30
+    found = checkpoints.listing(run, deep=False) if resumed else []
+    finished = sum(c.bytes for c in found if c.world_size)
+    have = (finished + checkpoints.unfinished_bytes(run)) / 2**30
     said = f"; {have:.3g} GiB of it are there" if have else ""
     environment.require_room(run.storage, max(need.total - have, 0.0), need.in_words() + said)
 
@@ -152,7 +151,8 @@ def _disk(run: Run, args: dict[str, Any]) -> planning.Disk:
     with hushed():
         size = planning.model_size(config_of(args["model_name_or_path"]), "", args)
     steps = args.get("max_steps", -1)
-    steps = steps if steps > 0 else 1000 * args.get("save_steps", 500)  # as many as are kept
+    if steps < 1:  # epochs, of a corpus whose blocks were not counted: what is there at once
+        steps = ((args.get("save_total_limit") or 0) + 2) * max(args.get("save_steps", 500), 1)
     return planning.disk(args, size, steps)
 
 
@@ -285,7 +285,7 @@ class _Attempts:
             for event in self.run.events()
         )
         cause = failures.cause_of(self.run, self.began[-1])
-        if cause.full or cause.log is None or (cause.reason and not trained):
+        if cause.hopeless(said, trained=trained):
             raise failures.readable(self.run, said, self.began)
         show.say(
             f"{cause.sentence}; restart {len(self.began)} of {self.retries} "

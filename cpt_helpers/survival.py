@@ -63,7 +63,8 @@ class Survival:
 def demonstrate(run: Run, args: dict[str, Any]) -> Survival:
     """Trains a small model twice under a run's own settings, and kills a worker of the second.
 
-    Both lie in ``<run>/survival/``; what is there already is not trained again.
+    Both lie in ``<run>/survival/``; what is there already is not trained again, but a second one
+    that was itself cut short is: what it was to show is lost.
 
     Args:
         run: Whose tokenizer, corpus, workers and DeepSpeed file are used.
@@ -76,7 +77,7 @@ def demonstrate(run: Run, args: dict[str, Any]) -> Survival:
     recipe = _recipe(run, args, folder)
     undisturbed, killed = Run("undisturbed", folder), Run("killed", folder)
     record = folder / "killed.json"
-    if not record.is_file():  # interrupted: what it would show is lost, it is a minute's work
+    if not record.is_file():
         shutil.rmtree(killed.folder, ignore_errors=True)
     with environment.cluster():
         for each in (undisturbed, killed):
@@ -206,7 +207,7 @@ def _train_and_kill(run: Run, args: dict[str, Any]) -> dict[str, Any]:
         raise TrainingError(
             "the small run ended before its worker was killed",
             where=run.folder,
-            do="move that folder away and run this again",
+            do="run this again",
         )
     again = next(
         e for e in run.events() if e["event"] == "step" and e["step"] == starts[-1]["step"] + 1

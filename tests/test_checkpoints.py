@@ -249,6 +249,22 @@ def test_groups_that_differ_in_nothing_are_one() -> None:
     assert [group["params"] for group in optimizer.param_groups] == [[1, 2], [3]]
 
 
+def test_which_failures_are_tried_again(tmp_path: Path) -> None:
+    from cpt_helpers.failures import Cause
+
+    log = tmp_path / "rank-0.log"
+    lost = Cause([])
+    assert not lost.hopeless("The actor died unexpectedly", trained=False)
+    assert lost.hopeless("ModuleNotFoundError: cpt_helpers", trained=False)
+    log.write_text("--- rank 0, now, pid 1\nValueError: no such template\n")
+    assert Cause([log]).hopeless("", trained=False)
+    assert not Cause([log]).hopeless("", trained=True)
+    log.write_text("--- rank 0, now, pid 1\nRuntimeError: [gloo] Connection closed by peer\n")
+    assert not Cause([log]).hopeless("", trained=False)
+    log.write_text("--- rank 0, now, pid 1\nOSError: [Errno 28] No space left on device\n")
+    assert Cause([log]).hopeless("", trained=True)
+
+
 def test_too_little_room_is_refused_with_both_numbers(run: Run) -> None:
     from cpt_helpers import launch
 
