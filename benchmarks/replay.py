@@ -93,10 +93,10 @@ def main() -> None:
             rows.append({"replay": "before", "perplexity": measure(model, sets, block)})
         rows.append({"replay": share, **facts, "perplexity": measure(folder, sets, block)})
         print(json.dumps(rows[-1]), flush=True)
-    result = {"date": str(date.today()), "machine": environment.machine(), "rows": rows}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "replay.json").write_text(json.dumps(result, indent=2) + "\n")
-    (RESULTS / "replay.md").write_text(table(result))
+        result = {"date": str(date.today()), "machine": environment.machine(), "rows": rows}
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "replay.json").write_text(json.dumps(result, indent=2) + "\n")
+        (RESULTS / "replay.md").write_text(table(result))
 
 
 def table(result: dict[str, Any]) -> str:
