@@ -8,10 +8,12 @@ import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from . import show
+from . import curves, show
 from .checks import worker_variables
+from .config import held_out_of
 from .errors import TrackingError
 from .run import Run
 from .streams import hushed
@@ -27,7 +29,7 @@ def worker_environment(run: Run, args: dict[str, Any]) -> dict[str, str]:
     They reach the workers by :func:`variables_for_workers`, and no file.
     """
     passed = ("HF_TOKEN", "HF_HOME", "HF_HUB_OFFLINE", "HF_HUB_ENABLE_HF_TRANSFER")
-    names = [name for name in os.environ if name in passed or name.startswith("MLFLOW_")]
+    names = [n for n in os.environ if n in passed or n.startswith(("MLFLOW_", "DATABRICKS_"))]
     variables = worker_variables(args) | {name: os.environ[name] for name in names}
     if "mlflow" in str(args.get("report_to")):
         variables.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{run.mlflow_db}")
@@ -97,6 +99,75 @@ def prepare(run: Run, args: dict[str, Any]) -> str | None:
     return uri
 
 
+def ask(run: Run, args: dict[str, Any], timeout: float) -> str:
+    """Asks the tracking server whether it is there and lets this user in; writes nothing.
+
+    Raises:
+        TrackingError: It does not answer, or refuses.
+    """
+    if "mlflow" not in str(args.get("report_to")):
+        return "nothing is reported (report_to: none)"
+    variables = worker_environment(run, args)
+    uri, experiment = variables["MLFLOW_TRACKING_URI"], variables["MLFLOW_EXPERIMENT_NAME"]
+    if uri.startswith("databricks"):
+        return _ask_databricks(uri, experiment, variables)
+    if not uri.startswith("http"):
+        return f"MLflow's embedded store, {uri.split('@')[-1]}"
+    import requests
+
+    token = variables.get("MLFLOW_TRACKING_TOKEN")
+    user = variables.get("MLFLOW_TRACKING_USERNAME")
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    login = (user, variables.get("MLFLOW_TRACKING_PASSWORD", "")) if user else None
+    where = f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/get-by-name"
+    try:
+        answer = requests.get(
+            where,
+            params={"experiment_name": experiment},
+            headers=headers,
+            auth=login,
+            timeout=timeout,
+        )
+    except requests.RequestException as error:
+        raise _no_answer(uri, error) from None
+    if answer.status_code in (401, 403):
+        raise TrackingError(
+            f"MLflow's server does not let this user in ({answer.status_code} {answer.reason})",
+            where=uri.split("@")[-1],
+            expected="a token or a user with leave to write to the experiment "
+            f"'{experiment}': " + ("one is set" if token or login else "none is set"),
+            do="export MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and _PASSWORD; or train "
+            "without tracking: OVERRIDES = {'report_to': 'none'}",
+        )
+    known = answer.status_code == 200 and "experiment" in answer.text
+    absent = answer.status_code == 404 and "RESOURCE_DOES_NOT_EXIST" in answer.text
+    if not known and not absent:
+        raise _no_answer(uri, OSError(f"{answer.status_code} {answer.reason}, not MLflow's API"))
+    return f"MLflow at {uri.split('@')[-1]}, experiment '{experiment}'" + " (new)" * absent
+
+
+def _ask_databricks(uri: str, experiment: str, variables: dict[str, str]) -> str:
+    """What Databricks needs of its users; its server is asked when the run is opened."""
+    profile = Path("~/.databrickscfg").expanduser().is_file()
+    lacking = [n for n in ("DATABRICKS_HOST", "DATABRICKS_TOKEN") if not variables.get(n)]
+    if lacking and not profile:
+        raise TrackingError(
+            f"MLflow is to report to Databricks, and {' and '.join(lacking)} "
+            f"{'are' if len(lacking) > 1 else 'is'} not set",
+            where=f"MLFLOW_TRACKING_URI={uri}",
+            expected="DATABRICKS_HOST=https://…, DATABRICKS_TOKEN=…, or ~/.databrickscfg",
+            do="export them before starting; they reach the workers from there and no file",
+        )
+    if not experiment.startswith("/"):
+        raise TrackingError(
+            f"Databricks takes no experiment named '{experiment}'",
+            where="MLFLOW_EXPERIMENT_NAME",
+            expected="an absolute path of the workspace, such as /Users/you@example.com/cpt",
+            do="export MLFLOW_EXPERIMENT_NAME=/Users/…/cpt",
+        )
+    return f"MLflow on Databricks, experiment '{experiment}'"
+
+
 def _no_answer(uri: str, error: Exception) -> TrackingError:
     return TrackingError(
         f"MLflow's tracking store does not answer: {(str(error).splitlines() or [''])[0][:200]}",
@@ -153,7 +224,7 @@ class _Mirror:
     def __init__(self, run: Run, args: dict[str, Any], uri: str) -> None:
         from mlflow import MlflowClient
 
-        self.run, self.client = run, MlflowClient(uri)
+        self.run, self.args, self.client = run, args, MlflowClient(uri)
         self.failed = False
         found = _find(self.client, run)
         if found is None:
@@ -198,11 +269,53 @@ class _Mirror:
         self.sent |= {(metric.key, metric.step) for metric in fresh}
 
     def close(self) -> None:
+        self._keep_files()
         try:
             complete = self.run.state == "complete"
             self.client.set_terminated(self.id, "FINISHED" if complete else "FAILED")
         except Exception as error:
             show.say(f"MLflow was not told that the run ended: {error}")
+
+    def _keep_files(self) -> None:
+        """The resolved files, and the curves so far, as artifacts."""
+        from matplotlib import pyplot
+
+        try:
+            if any(event["event"] == "step" for event in self.run.events()):
+                figure = curves.plot(self.run, held_out_of(self.args))
+                path = curves.save_figure(self.run, figure, "training")
+                pyplot.close(figure)
+                self.client.log_artifact(self.id, str(path), "figures")
+            self.client.log_artifacts(self.id, str(self.run.config_dir), "config")
+        except Exception as error:
+            show.say(f"MLflow did not take the run's files: {error}")
+
+
+def add_export(run: Run, args: dict[str, Any], exported: dict[str, Any]) -> None:
+    """Notes in MLflow where the exported model lies, and what it came to.
+
+    Args:
+        run: Whose.
+        args: Its resolved recipe.
+        exported: ``path``, ``dtype``, ``perplexity`` by role, ….
+
+    Raises:
+        TrackingError: MLflow does not answer, or does not know the run.
+    """
+    if "mlflow" not in str(args.get("report_to")):
+        return
+    from mlflow import MlflowClient
+
+    uri = worker_environment(run, args)["MLFLOW_TRACKING_URI"]
+    try:
+        client = MlflowClient(uri)
+        found = _find(client, run)
+    except Exception as error:
+        raise _no_answer(uri, error) from None
+    if found is None:
+        raise _unknown_run(run, uri)
+    client.set_tag(found.info.run_id, "cpt.export", exported["path"])
+    client.log_dict(found.info.run_id, exported, "export.json")
 
 
 def _metrics(event: dict[str, Any]) -> dict[str, float]:
@@ -210,8 +323,10 @@ def _metrics(event: dict[str, Any]) -> dict[str, float]:
     if event["event"] == "eval":
         return {f"eval_{event['dataset']}_loss": event["loss"]}
     if event["event"] == "step":
-        keys = ("loss", "learning_rate", "grad_norm")
+        keys = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu")
         figures = {key: event[key] for key in keys if event.get(key) is not None}
+        if event.get("memory"):
+            figures["memory_gib"] = event["memory"] / 2**30
         return figures | {"seconds_per_step": event["seconds"]}
     return {}
 
@@ -243,12 +358,18 @@ def recorded(run: Run, uri: str) -> dict[str, Any]:
 
     found = _find(MlflowClient(uri), run)
     if found is None:
-        raise TrackingError(
-            f"MLflow has no run named '{run.name}'", where=uri, do="run notebook 04_train again"
-        )
+        raise _unknown_run(run, uri)
     return {
         "id": found.info.run_id,
         "name": found.info.run_name,
         "status": found.info.status,
         "metrics": dict(found.data.metrics),
     }
+
+
+def _unknown_run(run: Run, uri: str) -> TrackingError:
+    return TrackingError(
+        f"MLflow has no run named '{run.name}'",
+        where=uri.split("@")[-1],
+        do="run notebook 04_train again",
+    )

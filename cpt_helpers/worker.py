@@ -19,8 +19,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from . import checkpoints, resharding
-from .config import held_out_of
+from . import checkpoints, resharding, throughput
+from .config import global_batch, held_out_of
 from .run import Run
 from .streams import redirected
 from .tracking import take_variables
@@ -46,7 +46,9 @@ def train_loop(config: dict[str, Any]) -> None:
         sys.modules.setdefault(name, None)
     args = dict(config["args"])
     with _log_of(rank, run.logs):
-        os.environ.update(take_variables(run))
+        variables = take_variables(run)
+        os.environ.update(variables)
+        print(f"variables from the driver: {', '.join(sorted(variables))}", flush=True)
         if args.get("use_cpu"):
             join_cpu_group()
         if args.get("deepspeed"):
@@ -58,8 +60,9 @@ def train_loop(config: dict[str, Any]) -> None:
         _use_own_trainer(callback)
         from llamafactory.train.tuner import _training_function
 
+        callback.memory_before = throughput.peak_memory()
         _training_function({"args": args, "callbacks": [callback]})
-        callback.write("end", callback.state)  # the final model is written too
+        callback.end()  # the final model is written too
 
 
 def join_cpu_group() -> None:
@@ -204,22 +207,16 @@ def merge_groups(optimizer: Any) -> None:
     optimizer.param_groups[:] = merged
 
 
-def _tokens_per_step(args: dict[str, Any]) -> int:
-    """Tokens of one optimizer step over all workers."""
-    micro = args.get("per_device_train_batch_size", 8)
-    accumulation = args.get("gradient_accumulation_steps", 1)
-    return micro * accumulation * args["cutoff_len"] * args.get("ray_num_workers", 1)
-
-
 def _make_callback(run: Run, args: dict[str, Any], resumed: dict[str, Any] | None) -> Any:
     """The callback that writes events and hands checkpoints to Ray; made where torch is loaded."""
     import ray
     import torch.distributed as dist
     from transformers import TrainerCallback
 
-    context = ray.get_runtime_context()
-    tokens_per_step = _tokens_per_step(args)
+    context, recipe = ray.get_runtime_context(), args
+    tokens_per_step = global_batch(args) * args["cutoff_len"]
     keep, held_out = args.get("save_total_limit"), held_out_of(args).get("domain")
+    on_gpu, precision = not args.get("use_cpu"), "bfloat16" if args.get("bf16") else "float32"
 
     class RunCallback(TrainerCallback):
         """Rank 0's events, an evaluation after the last step, and every rank's checkpoint files."""
@@ -229,6 +226,9 @@ def _make_callback(run: Run, args: dict[str, Any], resumed: dict[str, Any] | Non
             self.logged = (0, 0.0)  # step and time of the last step event
             self.measured: tuple[int, dict[str, float]] = (-1, {})  # held-out losses, and when
             self.evaluating = 0.0
+            self.memory_before = 0  # bytes, the libraries loaded and no model
+            self.flops_per_token = 0.0
+            self.peaks: list[int] = []  # of each rank, when the last step was done
 
         def write(self, event: str, state: Any, **values: Any) -> None:
             if self.rank == 0:
@@ -240,7 +240,15 @@ def _make_callback(run: Run, args: dict[str, Any], resumed: dict[str, Any] | Non
             # Of a checkpoint's state these would win over the recipe's.
             state.compute_steps(args, state.max_steps)
             engine = kwargs.get("optimizer")
-            places = _all_ranks({"node": context.get_node_id(), "pid": os.getpid()})
+            device, peak = throughput.peak_flops(on_gpu, precision)
+            own = {"node": context.get_node_id(), "pid": os.getpid(), "device": device}
+            places = _all_ranks(own | {"peak_flops": peak})
+            every, trained = throughput.text_parameters(model)
+            self.flops_per_token = throughput.flops_per_token(
+                model.config, every, trained, recipe["cutoff_len"]
+            )
+            peaks = [place["peak_flops"] for place in places]
+            self.peak_flops = sum(peaks) if all(peaks) else None
             self.write(
                 "start",
                 state,
@@ -252,6 +260,8 @@ def _make_callback(run: Run, args: dict[str, Any], resumed: dict[str, Any] | Non
                 parameters=_parameters(model),
                 ranks=places,
                 resumed_from=resumed and str(Path(resumed["path"]).relative_to(run.folder)),
+                flops_per_token=self.flops_per_token,
+                memory_before=self.memory_before,
             )
             self.logged = (state.global_step, time.time())
             self.evaluating = time.time()
@@ -277,6 +287,9 @@ def _make_callback(run: Run, args: dict[str, Any], resumed: dict[str, Any] | Non
                 learning_rate=logs["learning_rate"],
                 grad_norm=logs.get("grad_norm"),
                 seconds=round(seconds, 3),
+                tokens_per_second=round(tokens_per_step / seconds, 1),
+                mfu=self.mfu(tokens_per_step / seconds),
+                memory=throughput.peak_memory(on_gpu),
             )
             self.logged = (state.global_step, time.time())
             self.evaluating = time.time()
@@ -315,8 +328,19 @@ def _make_callback(run: Run, args: dict[str, Any], resumed: dict[str, Any] | Non
                 checkpoints.prune(run, keep, held_out, newest=place)
             self.logged = (state.global_step, 0.0)
 
+        def mfu(self, tokens_per_second: float) -> float | None:
+            if not self.peak_flops:
+                return None
+            return round(tokens_per_second * self.flops_per_token / self.peak_flops, 4)
+
+        def end(self):
+            peaks = [throughput.peak_memory(on_gpu), *self.peaks[1:]]
+            self.write("end", self.state, memory=peaks)
+
         def on_train_end(self, args, state, control, **kwargs):
             self.state = state
+            ranks = _all_ranks({"memory": throughput.peak_memory(on_gpu)})
+            self.peaks = [rank["memory"] for rank in ranks]
             before = resumed and resumed["step"] >= state.max_steps
             if self.measured[1] or before:  # after the last step; it would be done once more
                 args.do_eval = False
