@@ -1,4 +1,4 @@
-# run · test · test-faults · bench-data · bench-replay · lint · lab: each sets up .venv by itself the first time.
+# run · test · test-faults · bench-data · bench-replay · bench-memory · lint · lab: each sets up .venv by itself the first time.
 PYTHON ?= python3
 RUN ?= cpt-cpu
 CONFIG ?=
@@ -15,7 +15,7 @@ READY := $(VENV)/.ready
 # A folder of wheels, where there is one: pip knows PIP_FIND_LINKS by itself, uv has to be told.
 FIND_LINKS := $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)")
 
-.PHONY: run test test-faults bench-data bench-replay lint lab setup clean
+.PHONY: run test test-faults bench-data bench-replay bench-memory lint lab setup clean
 
 ## all six notebooks in order: make run [RUN=name CONFIG=recipe CORPUS=corpus OVERRIDES='{key: value}' …]
 run: $(READY)
@@ -39,6 +39,10 @@ bench-data: $(READY)
 ## what replaying general text costs and keeps: three trainings of the default, a quarter of an hour
 bench-replay: $(READY)
 	@PYTHONPATH=. $(PY) benchmarks/replay.py
+
+## the plan's memory against what processes show: eighteen short trainings, twenty minutes
+bench-memory: $(READY)
+	@PYTHONPATH=. $(PY) benchmarks/memory.py
 
 ## style, and notebooks without outputs
 lint: $(READY)

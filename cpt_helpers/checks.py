@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, nearest
 from .registry import HELD_OUT, read_registry
+from .streams import hushed
 
+_PRECISIONS = ("bf16", "fp16")
 _SECRET_NAMES = ("TOKEN", "SECRET", "PASSWORD", "API_KEY")
 _TOKEN = re.compile(r"\bhf_\w{8,}|\bdapi[0-9a-f]{16,}|\bAKIA[0-9A-Z]{16}\b|\bsk-\w{16,}")
 _PLACEHOLDER = re.compile(r"<[^<>]*(your|YOUR|my)[^<>]*>|<[A-Z][A-Z_ -]+>")
@@ -27,61 +30,205 @@ def known_keys() -> dict[str, Any]:
     return {action.dest: action for action in parser._actions if action.dest != "help"}
 
 
-def check_keys(args: dict[str, Any], path: Path, overrides: dict[str, Any]) -> None:
-    """Refuses keys LLaMA-Factory does not know, and values that are none of a key's choices.
+def refuse(problems: Iterable[ConfigError]) -> None:
+    """Raises what is wrong; several things at once in one error, so that all are mended at once.
 
     Raises:
-        ConfigError: With the nearest known key, or the choices.
+        ConfigError: There was something.
     """
+    problems = list(problems)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        told = "\n".join(f"{n}. {problem}" for n, problem in enumerate(problems, 1))
+        raise ConfigError(f"{len(problems)} things are wrong with the recipe\n{told}")
+
+
+def keys(args: dict[str, Any], path: Path, overrides: dict[str, Any]) -> Iterator[ConfigError]:
+    """Keys LLaMA-Factory does not know, and values of another type or none of a key's choices."""
     known = known_keys()
     for key, value in args.items():
         where = "OVERRIDES" if key in overrides else f"{path}{line_of(path, key)}"
         if key not in known:
-            raise ConfigError(
+            yield ConfigError(
                 f"unknown key '{key}'",
                 where=where,
                 expected=f"a LLaMA-Factory argument ({nearest(key, known)})",
                 do="correct the name or leave it out",
             )
+            continue
         action = known[key]
         if action.choices and value not in action.choices and str(value) not in action.choices:
-            raise ConfigError(
+            yield ConfigError(
                 f"{key}: {value!r} is not a choice",
                 where=where,
                 expected=", ".join(map(str, action.choices)),
                 do="choose one of these",
             )
-        if action.type in (int, float) and not isinstance(value, bool):
-            try:
-                action.type(value)
-            except (TypeError, ValueError):
-                raise ConfigError(
-                    f"{key}: {value!r} is not a number",
-                    where=where,
-                    expected="an integer" if action.type is int else "a number",
-                    do="correct the value",
-                ) from None
+        elif expected := _other_type(action, value):
+            yield ConfigError(
+                f"{key}: {value!r} is not {'a number' if 'number' in expected else expected}",
+                where=where,
+                expected=expected,
+                do="correct the value",
+            )
 
 
-def check_datasets(args: dict[str, Any], path: Path) -> None:
+def _other_type(action: Any, value: Any) -> str | None:
+    """What a value should have been, where it is something else."""
+    if action.type is int:
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        digits = isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+\s*", value)
+        return None if (whole and not isinstance(value, bool)) or digits else "a whole number"
+    if action.type is float:
+        try:
+            float(value if not isinstance(value, bool) else "no")
+        except (TypeError, ValueError):
+            return "a number"
+    if getattr(action.type, "__name__", "") == "string_to_bool":
+        truths = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")
+        return None if str(value).lower() in truths else "true or false"
+    return None
+
+
+def numbers_as_such(args: dict[str, Any]) -> list[str]:
+    """Makes numbers of what YAML reads as text, such as ``1e-4``.
+
+    Returns:
+        The keys that were changed.
+    """
+    known, changed = known_keys(), []
+    for key, value in args.items():
+        kind = known[key].type if key in known else None
+        if isinstance(value, str) and kind in (int, float):
+            args[key] = kind(value)
+            changed.append(key)
+    return changed
+
+
+def datasets(args: dict[str, Any], path: Path) -> Iterator[ConfigError]:
+    """Datasets that are not registered, or whose files are gone."""
     folder = Path(str(args.get("dataset_dir", "data")))
-    registry = read_registry(folder / "dataset_info.json")
+    file = folder / "dataset_info.json"
+    registry = read_registry(file) if file.exists() else {}
     for key in ("dataset", "eval_dataset"):
         for name in names_of(args.get(key)):
             if name not in registry:
-                raise ConfigError(
+                yield ConfigError(
                     f"unknown dataset '{name}'",
                     where=f"{key} in {path}{line_of(path, key)}",
                     expected=f"a name in {folder}/dataset_info.json ({nearest(name, registry)})",
                     do="run notebook 02_data with this corpus, or correct the name",
                 )
+                continue
             file_name = registry[name].get("file_name")
             if file_name and not (folder / file_name).exists():
-                raise ConfigError(
+                yield ConfigError(
                     f"the dataset '{name}' is registered, but its file is not there",
                     where=folder / file_name,
                     do=f"run notebook 02_data with CORPUS={name.removesuffix(HELD_OUT)}",
                 )
+
+
+def contradictions(
+    args: dict[str, Any], path: Path, deepspeed: Path | None
+) -> Iterator[ConfigError]:
+    """Settings that exclude each other: those known here, then what LLaMA-Factory's parser says."""
+
+    def wrong(what: str, key: str, do: str, expected: str = "") -> ConfigError:
+        return ConfigError(what, where=f"{path}{line_of(path, key)}", expected=expected, do=do)
+
+    found = []
+    if args.get("stage", "sft") != "pt":
+        found.append(wrong(
+            f"stage: {args.get('stage', 'sft')} is not continued pre-training",
+            "stage", "stage: pt; other stages need other data than plain text", "pt",
+        ))  # fmt: skip
+    if args.get("bf16") and args.get("fp16"):
+        found.append(wrong("bf16 and fp16 exclude each other", "fp16", "leave one of them out"))
+    resources = args.get("resources_per_worker") or {"GPU": 1}
+    if args.get("use_cpu") and resources.get("GPU"):
+        found.append(wrong(
+            "use_cpu is set, and each worker asks for a GPU", "use_cpu",
+            "resources_per_worker: {CPU: 1}, or leave use_cpu out",
+        ))  # fmt: skip
+    if not args.get("use_cpu") and not resources.get("GPU"):
+        found.append(wrong(
+            "the workers ask for no GPU, and use_cpu is not set", "resources_per_worker",
+            "use_cpu: true for a training on CPUs, or resources_per_worker: {GPU: 1}",
+        ))  # fmt: skip
+    if not args.get("do_train"):
+        found.append(wrong("do_train is not set: nothing would be trained", "do_train",
+                           "do_train: true"))  # fmt: skip
+    if str(args.get("eval_strategy", "no")) != "no" and not (
+        args.get("eval_dataset") or args.get("val_size")
+    ):
+        found.append(wrong(
+            f"eval_strategy: {args['eval_strategy']}, and there is nothing to measure on",
+            "eval_strategy", "eval_dataset: <corpus>_heldout, or eval_strategy: no",
+        ))  # fmt: skip
+    found += _in_deepspeed_file(args, deepspeed) if deepspeed else ()
+    if args.get("template") not in (known := _templates()):
+        found.append(wrong(
+            f"template: {args.get('template')!r} is not known", "template",
+            "template: empty, which keeps the tokenizer's own end-of-sequence token",
+            f"a template of LLaMA-Factory ({nearest(str(args.get('template')), known)})",
+        ))  # fmt: skip
+    yield from found
+    if not found and (said := _parser_says(args)):
+        yield ConfigError(
+            f"LLaMA-Factory refuses the recipe: {said}", where=path, do="correct that"
+        )
+
+
+@cache
+def _templates() -> frozenset[str]:
+    with hushed():
+        from llamafactory.data.template import TEMPLATES
+    return frozenset(TEMPLATES)
+
+
+def _in_deepspeed_file(args: dict[str, Any], path: Path) -> Iterator[ConfigError]:
+    """Sizes that DeepSpeed's file sets otherwise than the recipe; ``"auto"`` takes the recipe's."""
+    settings = json.loads(path.read_text("utf-8"))
+    micro = args.get("per_device_train_batch_size", 8)
+    accumulation = args.get("gradient_accumulation_steps", 1)
+    own = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": micro * accumulation * args.get("ray_num_workers", 1),
+        "gradient_clipping": args.get("max_grad_norm", 1.0),
+    }
+    flat = settings | {f"{k}.enabled": (settings.get(k) or {}).get("enabled") for k in _PRECISIONS}
+    own |= {f"{name}.enabled": bool(args.get(name)) for name in _PRECISIONS}
+    for key, value in own.items():
+        given = flat.get(key, "auto")
+        if given not in ("auto", None) and given != value:
+            yield ConfigError(
+                f"DeepSpeed's file says {key}: {given}, the recipe comes to {value}",
+                where=path,
+                expected='"auto": the recipe decides',
+                do='write "auto" there',
+            )
+
+
+def _parser_says(args: dict[str, Any]) -> str | None:
+    """LLaMA-Factory's own parser on a recipe, as far as it can be asked without GPUs and ranks."""
+    from llamafactory.hparams import get_ray_args, get_train_args
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    asked = {k: v for k, v in args.items() if k not in ("deepspeed", "bf16", "fp16")}
+    asked |= {"use_cpu": True, "report_to": "none", "overwrite_output_dir": True}
+    try:
+        with hushed():
+            get_train_args(asked)
+            get_ray_args(args)
+    except Exception as error:
+        return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    finally:
+        logging.set_verbosity(verbosity)  # the parser turns it up
+    return None
 
 
 def take_secrets(args: dict[str, Any]) -> list[str]:
@@ -108,21 +255,21 @@ def take_secrets(args: dict[str, Any]) -> list[str]:
     return taken
 
 
-def refuse_secrets(args: dict[str, Any], path: Path) -> None:
+def secrets(args: dict[str, Any], path: Path) -> Iterator[ConfigError]:
     """A token in a recipe would be in every checkpoint, in Ray's and in MLflow's records."""
     for key, value in _strings(args):
         named = key.lower().endswith(("_token", "password", "secret", "api_key"))
         placeholder = _PLACEHOLDER.search(value)
         if (named and value.strip() and not placeholder) or _TOKEN.search(value):
-            raise ConfigError(
+            yield ConfigError(
                 f"the recipe holds a secret, {key}",
                 where=f"{path}{line_of(path, key.split('.')[0])}",
                 expected="secrets in the environment only",
                 do="take it out of the file and `export HF_TOKEN=…` (or the variable it is for) "
                 "before starting; it is handed to the workers from there",
             )
-        if placeholder:
-            raise ConfigError(
+        elif placeholder:
+            yield ConfigError(
                 f"{key}: a placeholder was left in, {placeholder[0]}",
                 where=f"{path}{line_of(path, key.split('.')[0])}",
                 expected="a value",
@@ -147,31 +294,32 @@ def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from _strings(inner, key)
 
 
-def check_numbers(args: dict[str, Any], path: Path) -> None:
+def numbers(args: dict[str, Any], path: Path) -> Iterator[ConfigError]:
+    """Values that LLaMA-Factory takes and that cannot serve here."""
     timeout = args.get("ddp_timeout", 1800)
     if not isinstance(timeout, int) or not 10 <= timeout <= 86400:
-        raise ConfigError(
+        yield ConfigError(
             f"ddp_timeout: {timeout!r}",
             where=f"{path}{line_of(path, 'ddp_timeout')}",
             expected="seconds that a worker may keep the others waiting, 10 to 86,400 (a day)",
             do="minutes, such as 1800: with years a hung run is never noticed, and always paid for",
         )
     if args.get("save_only_model"):
-        raise ConfigError(
+        yield ConfigError(
             "save_only_model leaves nothing to go on from",
             where=f"{path}{line_of(path, 'save_only_model')}",
             expected="checkpoints with the optimizer's state",
             do="leave it out; save_total_limit keeps the disk level, and step 6 exports the model",
         )
     if str(args.get("report_to", "none")) not in ("mlflow", "none", "['mlflow']", "['none']"):
-        raise ConfigError(
+        yield ConfigError(
             f"report_to: {args['report_to']!r}",
             where=f"{path}{line_of(path, 'report_to')}",
             expected="mlflow or none",
             do="choose one of these; metrics.jsonl in the run's folder serves other trackers",
         )
     if args.get("load_best_model_at_end"):
-        raise ConfigError(
+        yield ConfigError(
             "load_best_model_at_end looks for checkpoints in output_dir, and they are on the "
             "storage",
             where=f"{path}{line_of(path, 'load_best_model_at_end')}",
@@ -183,11 +331,9 @@ def check_numbers(args: dict[str, Any], path: Path) -> None:
         ("per_device_train_batch_size", 1),
         ("gradient_accumulation_steps", 1),
     ):
-        if key == "cutoff_len" and key not in args:
-            args[key] = 2048  # LLaMA-Factory's default, said out loud
         value = args.get(key, least)
         if not isinstance(value, int) or value < least:
-            raise ConfigError(
+            yield ConfigError(
                 f"{key}: {value!r}",
                 where=f"{path}{line_of(path, key)}",
                 expected=f"a whole number, {least} or more",

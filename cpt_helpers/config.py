@@ -54,12 +54,14 @@ class Resolved:
         args: All keys, paths absolute.
         changes: Where that differs from the recipe.
         deepspeed: The DeepSpeed file to copy into the run; ``None`` without DeepSpeed.
+        problems: What is wrong with it, where it was only examined.
     """
 
     recipe: Path
     args: dict[str, Any]
     changes: list[Change]
     deepspeed: Path | None
+    problems: tuple[ConfigError, ...] = ()
 
 
 def read_recipe(train_config: str) -> tuple[Path, dict[str, Any]]:
@@ -120,6 +122,8 @@ def resolve(
     overrides: dict[str, Any],
     corpus: str,
     blocks: str | None = None,
+    *,
+    examine: bool = False,
 ) -> Resolved:
     """Makes a recipe the run's own: overrides, corpus, absolute paths, the run's folders.
 
@@ -130,6 +134,8 @@ def resolve(
         corpus: The prepared corpora to train on, by their registry names, joined by commas; the
             first one is the domain.
         blocks: The folder of what was tokenised of them; without it the workers tokenise.
+        examine: Whether to hand back what is wrong with it instead of raising that; keys that
+            LLaMA-Factory does not know, and values of another type, are always raised.
 
     Raises:
         ConfigError: A key, a value, a model, a dataset or the DeepSpeed file is not known.
@@ -139,14 +145,15 @@ def resolve(
     for key, value in overrides.items():
         args[key], why[key] = value, "OVERRIDES"
     args = {key: value for key, value in args.items() if value is not None}
-    checks.check_keys(args, path, overrides)
+    checks.refuse(checks.keys(args, path, overrides))
+    why |= dict.fromkeys(checks.numbers_as_such(args), "YAML read it as text")
     if corpus != args.get("dataset"):
         args["dataset"], why["dataset"] = corpus, "CORPUS"
-        others = [n for n in names_of(args.get("eval_dataset")) if n == "news" + HELD_OUT]
-        domain = names_of(corpus)[0]
-        others = [name for name in others if name != domain + HELD_OUT]
-        args["eval_dataset"] = ",".join([domain + HELD_OUT, *others])
-        why["eval_dataset"] = "CORPUS"
+        if "eval_dataset" not in overrides:
+            domain = names_of(corpus)[0] + HELD_OUT
+            others = [n for n in names_of(args.get("eval_dataset")) if n == "news" + HELD_OUT]
+            held_out = [domain, *(name for name in others if name != domain)]
+            args["eval_dataset"], why["eval_dataset"] = ",".join(held_out), "CORPUS"
     if blocks:
         args["tokenized_path"], why["tokenized_path"] = blocks, "tokenised in step 2"
     for key, value in args.items():
@@ -165,19 +172,22 @@ def resolve(
         why["deepspeed"] = f"a copy of {deepspeed.name} the workers can read"
     args.setdefault("ray_num_workers", 1)
     args.setdefault("report_to", "none")
+    args.setdefault("cutoff_len", 2048)  # LLaMA-Factory's default, said out loud
     if args.get("eval_dataset") and not args.get("eval_on_each_dataset"):
         args["eval_on_each_dataset"], why["eval_on_each_dataset"] = True, "a loss for each"
     if args.get("logging_steps", 500) > max(args.get("max_steps", -1), 0) > 0:
         args["logging_steps"], why["logging_steps"] = 1, "more than there are steps"
     if taken := checks.take_secrets(args):
         why["ray_init_kwargs"] = f"taken out: {', '.join(taken)}; export them instead"
-    checks.refuse_secrets(args, path)
     if args.get("stage") == "pt" and args.pop("packing", None):
         why["packing"] = "stage pt packs by itself; asked to, 0.9.3 cuts blocks a token short"
     if args.get("use_cpu") and args.get("bf16") and "bf16" not in overrides and not cpu_has_bf16():
         args["bf16"], why["bf16"] = False, "this CPU has no bf16 instructions: fp32 is faster"
-    checks.check_datasets(args, path)
-    checks.check_numbers(args, path)
+    problems = [*checks.secrets(args, path), *checks.numbers(args, path)]
+    problems += checks.datasets(args, path)
+    problems += checks.contradictions(args, path, deepspeed)
+    if not examine:
+        checks.refuse(problems)
     if taken:  # nor may it be shown
         recipe = recipe | {"ray_init_kwargs": f"(with {', '.join(taken)})"}
     changes = [
@@ -185,7 +195,7 @@ def resolve(
         for key, reason in why.items()
         if recipe.get(key) != args.get(key)
     ]
-    return Resolved(path, args, changes, deepspeed)
+    return Resolved(path, args, changes, deepspeed, tuple(problems))
 
 
 def write(run: Run, resolved: Resolved) -> Path:

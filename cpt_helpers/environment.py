@@ -209,37 +209,64 @@ def cluster_rows(ray: Any) -> list[tuple[str, str]]:
     return rows
 
 
-def require_workers(ray: Any, workers: int, each: dict[str, float]) -> None:
+def require_workers(
+    ray: Any, workers: int, each: dict[str, float], *, strategy: str = "PACK", wait: bool = True
+) -> None:
     """Makes sure a training's workers can be placed, instead of waiting for ever.
 
-    On one machine the answer is known at once. A cluster may start nodes on demand, so there the
-    placement is asked for, and waited for as long as ``CPT_PLACEMENT_TIMEOUT`` says (seconds;
-    default 900).
+    What a cluster has is known at once. One that starts nodes on demand (Anyscale's, one on
+    Kubernetes, one made by ``ray up``), or that is busy, is asked for the placement and waited for
+    as long as ``CPT_PLACEMENT_TIMEOUT`` says (seconds; default 900).
+
+    Args:
+        ray: The cluster.
+        workers: How many.
+        each: What each asks for, by Ray's resource names.
+        strategy: ``placement_strategy``; the strict ones ask for one node, or one for each.
+        wait: Whether to wait at all.
 
     Raises:
         UnreadyError: With what was asked for and what is there.
     """
-    total = ray.cluster_resources()
+    total, free = ray.cluster_resources(), ray.available_resources()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    fitting = sum(
-        min(int(node.get(k, 0) / need) for k, need in each.items() if need) for node in nodes
-    )
-    if fitting >= workers:
+    on_each = [min(int(n.get(k, 0) / need) for k, need in each.items() if need) for n in nodes]
+    fitting = sum(on_each)
+    if strategy == "STRICT_PACK":
+        fitting = max(on_each, default=0)
+    elif strategy == "STRICT_SPREAD":
+        fitting = sum(room > 0 for room in on_each)
+    busy = fitting >= workers and any(free.get(k, 0) < need * workers for k, need in each.items())
+    if fitting >= workers and not busy:
         return
-    timeout = (
-        0.0 if _address() == "local" else float(os.environ.get("CPT_PLACEMENT_TIMEOUT", "900"))
-    )
-    if timeout and _can_be_placed(ray, workers, each, timeout):
+    seconds = os.environ.get("CPT_PLACEMENT_TIMEOUT", "900" if grows() or busy else "0")
+    timeout = float(seconds) if wait and (busy or _address() != "local") else 0.0
+    if timeout and _can_be_placed(ray, workers, each, strategy, timeout):
         return
     wanted = ", ".join(f"{need:g} {kind}" for kind, need in each.items())
     have = ", ".join(f"{total.get(kind, 0):g} {kind}" for kind in each)
+    if busy:
+        have += f"; free are {', '.join(f'{free.get(kind, 0):g} {kind}' for kind in each)}"
     waited = f", after {timeout:.0f} s" if timeout else ""
     raise UnreadyError(
-        f"{workers} workers with {wanted} each cannot be placed{waited}: room for {fitting}",
-        where=f"the Ray cluster has {have} on {len(nodes)} node{'s' * (len(nodes) > 1)}",
+        f"{workers} workers with {wanted} each cannot be placed{waited}: "
+        + ("other work takes the room" if busy else f"room for {fitting}"),
+        where=f"the Ray cluster has {have} on {len(nodes)} node{'s' * (len(nodes) > 1)}"
+        + (f", placement_strategy {strategy}" if strategy.startswith("STRICT") else ""),
         expected=f"room for ray_num_workers: {workers}",
-        do="OVERRIDES = {'ray_num_workers': " + f"{max(fitting, 1)}" + "}, a smaller "
+        do="wait for it, or stop it (`ray list jobs`)"
+        if busy
+        else f"OVERRIDES = {{'ray_num_workers': {max(fitting, 1)}}}, a smaller "
         "resources_per_worker, or a larger cluster",
+    )
+
+
+def grows() -> bool:
+    """Whether the cluster is of a kind that starts nodes when they are asked for."""
+    marks = ("ANYSCALE_", "KUBERNETES_SERVICE_HOST")
+    return _address() != "local" and (
+        any(name.startswith(marks) for name in os.environ)
+        or Path("~/ray_bootstrap_config.yaml").expanduser().is_file()
     )
 
 
@@ -269,10 +296,12 @@ def _address() -> str:
     return os.environ.get("RAY_ADDRESS") or ("auto" if on_anyscale else "local")
 
 
-def _can_be_placed(ray: Any, workers: int, each: dict[str, float], timeout: float) -> bool:
+def _can_be_placed(
+    ray: Any, workers: int, each: dict[str, float], strategy: str, timeout: float
+) -> bool:
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    group = placement_group([dict(each)] * workers, strategy="PACK")
+    group = placement_group([dict(each)] * workers, strategy=strategy)
     try:
         ray.get(group.ready(), timeout=timeout)
     except ray.exceptions.GetTimeoutError:

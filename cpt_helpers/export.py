@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import hub
 from .errors import AssetError, ExportError
 from .packing import pack
 from .streams import hushed
@@ -103,8 +104,11 @@ def config_of(model: str | Path) -> Any:
     """
     from transformers import AutoConfig
 
+    local = Path(model).is_dir() or Path(model).is_absolute()
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise _unknown_model(model, FileNotFoundError("no config.json in it"))
+    if not local:
+        hub.ask(str(model))  # transformers goes on asking a dead hub for half a minute
     try:
         return AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:

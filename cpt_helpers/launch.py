@@ -21,14 +21,13 @@ from . import (
     config,
     environment,
     failures,
-    planning,
+    preflight,
     resharding,
     show,
     tracking,
 )
 from .errors import CptError, Interrupted, TrainingError
 from .run import Run
-from .streams import hushed
 
 RETRIES = 3  # restarts after a failure, by default
 
@@ -68,14 +67,15 @@ def train(
         if run.state == "started" or resumed:
             at = f"from step {resumed.step}, {resumed.path}" if resumed else "from its start"
             print(f"the run '{run.name}' was interrupted: it goes on {at}")
-        _require_room(run, args, resumed)
+        preflight.room(run, args)
+        preflight.model(args)
         world_size = args.get("ray_num_workers", 1)
         if resumed and args.get("deepspeed") and resumed.world_size != world_size:
             print(f"its checkpoint is converted from {resumed.world_size} to {world_size} workers")
             resharding.universal(run, resumed, world_size)
         with environment.cluster() as ray:
-            each = {kind: float(n) for kind, n in _resources(args).items()}
-            environment.require_workers(ray, world_size, each)
+            preflight.placement(ray, args, wait=True)
+            preflight.raise_if_wrong(preflight.nodes(run, args, ray))
             run.logs.mkdir(parents=True, exist_ok=True)
             attempts = _Attempts(run, retries, time.time())
             with show.follow(run, attempts.began), tracking.mirrored(run, args):
@@ -129,31 +129,6 @@ def summary(run: Run) -> dict[str, Any]:
 
 def _resources(args: dict[str, Any]) -> dict[str, float]:
     return args.get("resources_per_worker") or {"GPU": 1}
-
-
-def _require_room(run: Run, args: dict[str, Any], resumed: checkpoints.Checkpoint | None) -> None:
-    """Refuses a run whose checkpoints would fill the storage; what is there already is counted."""
-    need = _disk(run, args)
-    found = checkpoints.listing(run, deep=False) if resumed else []
-    finished = sum(c.bytes for c in found if c.world_size)
-    have = (finished + checkpoints.unfinished_bytes(run)) / 2**30
-    said = f"; {have:.3g} GiB of it are there" if have else ""
-    environment.require_room(run.storage, max(need.total - have, 0.0), need.in_words() + said)
-
-
-def _disk(run: Run, args: dict[str, Any]) -> planning.Disk:
-    """The plan's figures; where the run was not planned, from its model."""
-    plan = run.results().get("plan", {})
-    if "disk" in plan:
-        return planning.Disk(**plan["disk"])
-    from .export import config_of
-
-    with hushed():
-        size = planning.model_size(config_of(args["model_name_or_path"]), "", args)
-    steps = args.get("max_steps", -1)
-    if steps < 1:  # epochs, of a corpus whose blocks were not counted: what is there at once
-        steps = ((args.get("save_total_limit") or 0) + 2) * max(args.get("save_steps", 500), 1)
-    return planning.disk(args, size, steps)
 
 
 def _fit(

@@ -97,7 +97,8 @@ class Disk:
 
     def in_words(self) -> str:
         return (
-            f"{self.kept} checkpoints of {self.checkpoint:.3g} GiB at once, the final model and "
+            f"{self.kept} checkpoint{'s' * (self.kept != 1)} of {self.checkpoint:.3g} GiB at once, "
+            "the final model and "
             f"its export of {self.model:.3g} GiB"
         )
 
@@ -116,6 +117,8 @@ def disk(args: dict[str, Any], size: ModelSize, steps: int) -> Disk:
     states = 0 if args.get("save_only_model") else 12 * trained + frozen
     every = args.get("save_steps", 500)
     written = math.ceil(steps / every) if every >= 1 else math.ceil(1 / every)
+    if str(args.get("save_strategy", "steps")) == "no":
+        written = 0
     limit = args.get("save_total_limit")
     kept = min(written, limit + 2) if limit else written
     one, model = (weights + states) / 2**30, weights / 2**30
@@ -218,13 +221,36 @@ def gemma_3_4b() -> Any:
     return Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=256)
 
 
+def smollm2_135m() -> Any:
+    """The configuration of the embedded model, for planning before step 1 has fetched it.
+
+    Figures from the published ``config.json`` of SmolLM2-135M-Instruct.
+    """
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        max_position_embeddings=8192,
+        rope_theta=100000,
+        tie_word_embeddings=True,
+    )
+
+
+KNOWN = {"gemma-3-4b-pt": gemma_3_4b, "SmolLM2-135M-Instruct": smollm2_135m}
+
+
 def zero_memory(size: ModelSize, workers: int, nodes: int = 1) -> list[dict[str, Any]]:
     """Memory of the model states per worker for each ZeRO stage, by DeepSpeed's own estimators.
 
     Model states are, by DeepSpeed's count for mixed precision, 20 bytes a parameter: 2 of 16-bit
     weight, 2 + 4 of 16-bit and fp32 gradient, 12 of fp32 copy and two moments. Activations and
-    logits come on top. DeepSpeed has no estimator for stage 1; there the optimizer's 12 bytes are
-    divided and 8 stay whole (Rajbhandari et al. 2020, arXiv 1910.02054, section 5).
+    logits come on top. DeepSpeed has no estimator for stage 1; there 16-bit weights and gradients
+    stay whole and the rest is divided (Rajbhandari et al. 2020, arXiv 1910.02054, section 5).
 
     Returns:
         One row a setting, in GiB per worker on the accelerator and per node on the host.
@@ -248,7 +274,7 @@ def zero_memory(size: ModelSize, workers: int, nodes: int = 1) -> list[dict[str,
     host_off, accelerator_off, _ = zero3(n, largest, per_node, nodes, True, True, True)
     rows = [
         ("none (DDP)", "nothing", 20 * n, 0),
-        ("1", "optimizer states", 8 * n + 12 * n / workers, 0),
+        ("1", "optimizer states", 4 * n + 16 * n / workers, 0),
         ("2", "+ gradients", accelerator2, host2),
         ("3", "+ parameters", accelerator3, host3),
         ("3 + offload", "all of it, kept on the host", accelerator_off, host_off),

@@ -129,7 +129,7 @@ def _recipe(run: Run, args: dict[str, Any], folder: Path) -> dict[str, Any]:
     small = folder / "model"
     if not (small / "config.json").is_file():
         with hushed():
-            _small_model(args["model_name_or_path"], small)
+            small_model(args["model_name_or_path"], small)
     keep = set(config.MAY_CHANGE) | {
         "stage", "do_train", "use_cpu", "deepspeed", "dataset", "dataset_dir", "template",
         "bf16", "fp16", "optim", "lr_scheduler_type", "lr_scheduler_kwargs", "tokenized_path",
@@ -157,7 +157,8 @@ def _own(run: Run, recipe: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _small_model(like: str, folder: Path) -> None:
+def small_model(like: str, folder: Path) -> None:
+    """Writes a random Llama of 3 million parameters with another model's tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -207,7 +207,7 @@ def test_a_recipe_that_is_not_there_or_not_yaml(tmp_path: Path) -> None:
         config.read_recipe(str(tmp_path / "bad.yaml"))
     (tmp_path / "typo.yaml").write_text("stage: pt\nuse_cpu: true\nlearning_rat: 1\n")
     with pytest.raises(ConfigError, match=r"'learning_rat'(?s:.*)typo\.yaml:3"):
-        checks.check_keys(*reversed(config.read_recipe(str(tmp_path / "typo.yaml"))), {})
+        checks.refuse(checks.keys(*reversed(config.read_recipe(str(tmp_path / "typo.yaml"))), {}))
 
 
 def test_the_plan_is_what_the_trainer_does() -> None:

@@ -133,8 +133,8 @@ def test_workers_that_cannot_be_placed() -> None:
             environment.require_workers(ray, cores + 1, {"CPU": 1})
         with pytest.raises(UnreadyError, match=r"4 workers with 1 GPU each"):
             environment.require_workers(ray, 4, {"GPU": 1})
-        assert not environment._can_be_placed(ray, 1, {"GPU": 1}, timeout=1.0)
-        assert environment._can_be_placed(ray, 1, {"CPU": 1}, timeout=30.0)
+        assert not environment._can_be_placed(ray, 1, {"GPU": 1}, "PACK", timeout=1.0)
+        assert environment._can_be_placed(ray, 1, {"CPU": 1}, "PACK", timeout=30.0)
     assert not ray.is_initialized()
 
 

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
+from nodes import Node, can_hide, cluster, free_port
 
-from cpt_helpers import assets, checkpoints, config, data, export, launch, pipeline
+from cpt_helpers import assets, checkpoints, config, data, export, launch, pipeline, tracking
 from cpt_helpers.errors import RunExistsError, TrainingError
-from cpt_helpers.run import STEPS, Run, begin
+from cpt_helpers.run import PROJECT, STEPS, Run, begin
 
 pytestmark = pytest.mark.training
 
+# No real ones; a file that holds one of these holds whatever a user's environment has.
+CANARIES = {
+    "HF_TOKEN": "hf_canary0of0the0walkthrough",
+    "MLFLOW_TRACKING_TOKEN": "canary-of-the-tracking-server",
+    "MLFLOW_TRACKING_PASSWORD": "canary-of-a-password",
+    "DATABRICKS_TOKEN": "dapi0c0ffee0c0ffee0canary",
+}
 STEPS_TAKEN, BLOCK, WORKERS, MICRO = 12, 64, 2, 2
 
 
@@ -40,7 +57,10 @@ def parameters(corpus: Path, tiny_gemma3: Path) -> dict:
 @pytest.fixture(scope="module")
 def walked(storage: Path, parameters: dict) -> Run:
     run = Run.open("walkthrough", storage)
-    pipeline.run_all(run, parameters)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, secret in CANARIES.items():
+            patch.setenv(name, secret)
+        pipeline.run_all(run, parameters)
     return run
 
 
@@ -210,3 +230,122 @@ def test_a_failing_worker_is_one_readable_error(walked: Run) -> None:
     assert str(run.logs / "rank-") in message
     assert "ray::" not in message and len(message.splitlines()) < 25
     assert run.state == "new"
+
+
+def test_no_secret_is_in_any_file(walked: Run) -> None:
+    """The run, its notebooks and logs, MLflow's store, Ray's session: and the workers had them."""
+    first = min(event["time"] for event in walked.events())
+    assert "HF_TOKEN" in (walked.logs / "rank-1.log").read_text()
+    sessions = [p for p in Path("/tmp/ray").glob("session_2*") if p.stat().st_mtime > first - 600]
+    assert sessions, "Ray's session folder is elsewhere"
+    assert not holding(CANARIES.values(), walked.storage, *sessions)
+    planted = walked.storage / "planted"
+    planted.write_text(f"x{CANARIES['HF_TOKEN']}x")
+    assert holding(CANARIES.values(), walked.storage) == [planted]
+    planted.unlink()
+
+
+def holding(secrets: Iterable[str], *folders: Path) -> list[Path]:
+    """Files that hold one of the secrets, whatever kind of files they are."""
+    wanted = [secret.encode() for secret in secrets]
+    return [
+        path
+        for folder in folders
+        for path in folder.rglob("*")
+        if path.is_file() and any(secret in path.read_bytes() for secret in wanted)
+    ]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """MLflow's own server, with SQLite."""
+    home = tmp_path_factory.mktemp("mlflow-server")
+    port = free_port()
+    command = [
+        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
+        "--backend-store-uri", f"sqlite:///{home}/mlflow.db",
+        "--artifacts-destination", str(home / "artifacts"), "--workers", "1",
+    ]  # fmt: skip
+    log = (home / "log").open("wb")
+    process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    uri = f"http://127.0.0.1:{port}"
+    for _ in range(240):
+        try:
+            urllib.request.urlopen(f"{uri}/health", timeout=1).close()
+            break
+        except OSError:
+            time.sleep(0.5)
+    yield uri
+    os.killpg(process.pid, signal.SIGTERM)
+    process.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def spread(walked: Run, server: str) -> Run:
+    """The same training on two nodes, the second of which shares only the storage."""
+    if not can_hide():
+        pytest.skip("needs mounts of its own (root, or user namespaces)")
+    run = Run.open("spread", walked.storage)
+    args = config.load(walked) | {"placement_strategy": "STRICT_SPREAD"}
+    own = {"output_dir": run.output, "ray_run_name": run.name, "run_name": run.name}
+    args |= {key: str(value) for key, value in own.items()}
+    run.config_dir.mkdir(parents=True)
+    run.train_yaml.write_text(yaml.safe_dump(args))
+    shutil.copy(args["deepspeed"], run.config_dir)
+    tests = str(Path(__file__).parent)
+    path = f"{tests}:{os.environ.get('PYTHONPATH', '')}"
+    strange = Node(hides=[PROJECT / "cpt_helpers", Path("/tmp/ray")])
+    witness = {"PYTHONPATH": path, "CPT_FAULTS": json.dumps([{"what": "witness"}])}
+    with cluster(1, strange, **witness) as address:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "faults.drive", run.storage, run.name, "{}"],
+            env=os.environ | CANARIES | {"RAY_ADDRESS": address, "MLFLOW_TRACKING_URI": server}
+            | {"PYTHONPATH": path},
+            capture_output=True, text=True, timeout=400,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return run
+
+
+def test_two_nodes_end_in_the_same_weights(walked: Run, spread: Run) -> None:
+    weights = [r.output / "model.safetensors" for r in (walked, spread)]
+    assert assets.sha256(weights[0]) == assets.sha256(weights[1])
+    losses = [[e["loss"] for e in r.events() if e["event"] == "step"] for r in (walked, spread)]
+    assert losses[0] == losses[1]
+    seen = [json.loads((spread.folder / f".witness-{rank}.json").read_text()) for rank in (0, 1)]
+    assert seen[0]["node"] != seen[1]["node"]
+    assert seen[0]["scratch"] != seen[1]["scratch"], "they share a disk beside the storage"
+    token = hashlib.sha256(CANARIES["HF_TOKEN"].encode()).hexdigest()
+    for rank in seen:
+        assert rank["token"] == token, "the driver's token did not reach a node started without it"
+    packages = [rank["package"] for rank in seen]
+    assert any("py_modules" in package for package in packages), "cpt_helpers was not shipped"
+    assert [c.step for c in checkpoints.listing(spread)] == [5, 10, STEPS_TAKEN]
+    assert not holding(CANARIES.values(), spread.folder)
+
+
+def test_a_tracking_server_has_everything(spread: Run, server: str, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(server)
+    experiment = client.get_experiment_by_name("cpt")
+    (found,) = client.search_runs([experiment.experiment_id])
+    assert (found.info.run_name, found.info.status) == ("spread", "FINISHED")
+    keys = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "memory_gib")
+    for key in keys:
+        values = client.get_metric_history(found.info.run_id, key)
+        assert sorted(m.step for m in values) == list(range(1, STEPS_TAKEN + 1)), key
+        assert all(m.value > 0 for m in values if key != "learning_rate"), key
+    assert found.data.params["max_steps"] == str(STEPS_TAKEN)
+    exported = {"path": str(tmp_path), "dtype": "float32"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", server)
+        tracking.add_export(spread, config.load(spread), exported)
+    where = Path(client.download_artifacts(found.info.run_id, "", str(tmp_path)))
+    names = {str(path.relative_to(where)) for path in where.rglob("*") if path.is_file()}
+    assert {"figures/training.png", "config/train.yaml", "export.json"} <= names
+    assert "config/ds_z3_config.json" in names
+    assert json.loads((where / "export.json").read_text()) == exported
+    assert client.get_run(found.info.run_id).data.tags["cpt.export"] == str(tmp_path)
+    assert not holding(CANARIES.values(), tmp_path)
+    assert not any(secret in str(found.data.params) for secret in CANARIES.values())

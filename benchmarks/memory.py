@@ -1,0 +1,114 @@
+"""Does the plan's memory agree with what processes show? ``make bench-memory``.
+
+Trains a few steps of a model of 3 million parameters and of the default one, under ZeRO 1, 2 and 3,
+with all weights, two layers (freeze) and LoRA, two workers each, and holds each worker's peak
+memory against what ``planning`` said. Writes ``benchmarks/results/memory.json`` and ``memory.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {"finetuning_type": "full"},
+    "freeze": {"finetuning_type": "freeze", "freeze_trainable_layers": 2},
+    "lora": {"finetuning_type": "lora", "lora_rank": 8, "lora_target": "all"},
+}
+STEPS = 3
+
+
+def measured(storage: Path, name: str, model: str, stage: int, kind: str) -> dict[str, Any]:
+    """One training; a run that is there already is taken as it is."""
+    from cpt_helpers import assets, config, data, launch, memory, mixing
+    from cpt_helpers.run import Run
+
+    run = Run.open(f"memory-{name}-z{stage}-{kind}", storage)
+    overrides = KINDS[kind] | {
+        "model_name_or_path": model,
+        "deepspeed": f"deepspeed-configs/ds_z{stage}_config.json",
+        "max_steps": STEPS,
+        "eval_strategy": "no",
+        "eval_on_start": False,
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+    domain, general = data.prepare("ray_docs", storage), data.prepare("news", storage)
+    recipe = config.read_recipe("cpt_cpu.yaml")[1] | overrides
+    tokenizer = assets.tokenizer_of(model)
+    made = mixing.for_recipe(recipe, [(domain, 1.0)], [domain, general], tokenizer)
+    resolved = config.resolve(run, "cpt_cpu.yaml", overrides, domain.name, str(made.path))
+    config.write(run, resolved)
+    args = config.load(run)
+    launch.train(run, args)
+    events = run.events()
+    start, last, end = events[0], events[-2], events[-1]
+    expected = memory.of_worker(args, memory.shape_of(args))
+    return {
+        "model": name,
+        "zero": stage,
+        "kind": kind,
+        "parameters": start["parameters"],
+        "before": start["memory_before"],
+        "steps": last["memory"],
+        "workers": end["memory"],
+        "predicted": expected.as_dict(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--storage", default="", help="where the runs lie")
+    parser.add_argument("--only", default="", help="a part of a row's name, such as tiny or z3")
+    given = parser.parse_args()
+    from cpt_helpers import assets, config, environment, survival
+    from cpt_helpers.run import storage_root
+
+    storage = storage_root(given.storage)
+    default = assets.obtain(config.model_of("cpt_cpu.yaml", {}, storage), storage)
+    tiny = storage / "models" / "tiny"
+    if not (tiny / "config.json").is_file():
+        survival.small_model(str(default), tiny)
+    rows = []
+    with environment.cluster():
+        for name, model in (("tiny", tiny), ("default", default)):
+            for stage in (1, 2, 3):
+                for kind in KINDS:
+                    if given.only and given.only not in f"{name}-z{stage}-{kind}":
+                        continue
+                    rows.append(measured(storage, name, str(model), stage, kind))
+                    print(json.dumps(rows[-1]), flush=True)
+                    write(rows, environment.machine())
+
+
+def write(rows: list[dict[str, Any]], machine: str) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    result = {"date": str(date.today()), "machine": machine, "rows": rows}
+    (RESULTS / "memory.json").write_text(json.dumps(result, indent=2) + "\n")
+    (RESULTS / "memory.md").write_text(table(result))
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [
+        f"Peak resident memory of each of two workers over {STEPS} steps, MiB; {result['date']}, "
+        f"{result['machine']}.",
+        "",
+        "| model | ZeRO | trained | predicted | seen, rank 0 | rank 1 | predicted / their mean |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        said = row["predicted"]["peak"] / 2**20
+        seen = [row["steps"] / 2**20, row["workers"][1] / 2**20]  # before the final save
+        lines.append(
+            f"| {row['model']} | {row['zero']} | {row['kind']} | {said:,.0f} | "
+            f"{seen[0]:,.0f} | {seen[1]:,.0f} | {2 * said / sum(seen):.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

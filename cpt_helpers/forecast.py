@@ -1,0 +1,222 @@
+"""What a recipe will come to on given GPUs, before it is paid for: does it fit, how long, how much.
+
+Puts together what :mod:`planning`, :mod:`memory` and :mod:`throughput` know.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from . import memory, planning, throughput
+from .errors import AssetError, ParameterError, nearest
+
+USABLE = 0.94  # of a GPU's memory; the rest goes to fragments and other libraries
+# Tokens a second of one GPU, as runs showed; the guide's own run, with its settings: 20 steps of
+# 8 x 512 tokens in 1.9 s each on four L40S, from the log it prints.
+MEASURED = {("L40S", "google/gemma-3-4b-pt"): (539.0, "the guide's run, with the guide's settings")}
+# Shares of the GPU's peak that bound a speed nobody measured.
+MFU = {
+    "slow": (0.035, "3.5 % of the peak, as the guide's run with one block of 512 at once"),
+    "fast": (0.40, "40 % of the peak, assumed: what full micro-batches reach at best"),
+}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One way to run a recipe on one kind of GPU.
+
+    Attributes:
+        change: What is different from the recipe; empty for the recipe itself.
+        memory: The peak of a worker.
+        capacity: What the GPU has, in bytes.
+    """
+
+    change: str
+    memory: memory.Memory
+    capacity: float
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.peak <= USABLE * self.capacity
+
+
+@dataclass(frozen=True)
+class Cost:
+    """How long a run takes, and what that costs.
+
+    Attributes:
+        tokens_per_second: Over all workers.
+        source: Where that is from.
+        hours: Of steps; start-up, evaluation and checkpoints come on top.
+        price: Of these hours; ``None`` where no price per hour was given.
+    """
+
+    tokens_per_second: float
+    source: str
+    hours: float
+    price: float | None
+
+
+def gpu_of(args: dict[str, Any], named: str = "") -> str | None:
+    """The kind of GPU a recipe will run on: the one named, or the one it asks for; else ``None``.
+
+    Raises:
+        ParameterError: A GPU was named that is not known.
+    """
+    if named:
+        key = throughput.gpu_named(named)
+        if key is None:
+            raise ParameterError(
+                f"unknown GPU '{named}'",
+                expected=f"one of {', '.join(throughput.GPUS)} ({nearest(named, throughput.GPUS)})",
+                do="give one of these",
+            )
+        return key
+    for resource in args.get("resources_per_worker") or {}:
+        kind = re.search(r"accelerator_(?:type:|shape:\d+x)(.+)", resource)
+        if kind and (key := throughput.gpu_named(kind[1])):
+            return key
+    return None
+
+
+def shape_of(args: dict[str, Any]) -> memory.Shape:
+    """A recipe's model; Gemma-3-4B's and the embedded one are known before they are there.
+
+    Raises:
+        AssetError: The model's configuration cannot be had.
+    """
+    name = str(args["model_name_or_path"]).rsplit("/", 1)[-1]
+    try:
+        return memory.shape_of(args)
+    except AssetError:
+        if name not in planning.KNOWN:
+            raise
+        return memory.shape_of(args, planning.KNOWN[name]())
+
+
+def fits(args: dict[str, Any], shape: memory.Shape, gpu: str) -> list[Fit]:
+    """The recipe on a kind of GPU and, where it does not fit, the first change that makes it fit.
+
+    Changes are tried from the cheapest on: what costs no speed first, offloading last.
+
+    Args:
+        args: The resolved recipe; its ``deepspeed`` a file that can be read.
+        shape: Its model.
+        gpu: A key of :data:`throughput.GPUS`.
+    """
+    capacity = throughput.GPUS[gpu][1] * 2**30
+    tried = [Fit("", memory.of_worker(args, shape), capacity)]
+    if tried[0].fits:
+        return tried
+    changed = dict(args)
+    for change, keys in _changes(args):
+        changed |= keys
+        tried.append(Fit(change, memory.of_worker(changed, shape), capacity))
+        if tried[-1].fits:
+            break
+    return tried
+
+
+def _changes(args: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """What makes a recipe smaller, each on top of the ones before."""
+    from .config import DEEPSPEED_CONFIGS
+
+    micro = args.get("per_device_train_batch_size", 8)
+    accumulation = args.get("gradient_accumulation_steps", 1)
+    changes: list[tuple[str, dict[str, Any]]] = []
+    if not args.get("bf16") and not args.get("fp16"):
+        changes.append(("bf16: true", {"bf16": True}))
+    if micro > 1:
+        one = {
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": accumulation * micro,
+        }
+        changes.append((", ".join(f"{k}: {v}" for k, v in one.items()), one))
+    if not args.get("enable_liger_kernel"):
+        changes.append(("enable_liger_kernel: true", {"enable_liger_kernel": True}))
+    if args.get("disable_gradient_checkpointing"):
+        changes.append(("with gradient checkpointing", {"disable_gradient_checkpointing": False}))
+    stage = memory.settings_of(args, 1).stage
+    for name, number in (("z2", 2), ("z3", 3), ("z3_offload", 4)):
+        if number > stage:
+            file = f"deepspeed-configs/ds_{name}_config.json"
+            path = str(DEEPSPEED_CONFIGS / f"ds_{name}_config.json")
+            changes.append((f"deepspeed: {file}", {"deepspeed": path}))
+    return changes
+
+
+def cost(
+    args: dict[str, Any],
+    shape: memory.Shape,
+    tokens: int,
+    gpu: str | None,
+    *,
+    tokens_per_second: float | None = None,
+    price_per_hour: float | None = None,
+) -> list[Cost]:
+    """Hours and price of a run.
+
+    Args:
+        args: The resolved recipe.
+        shape: Its model.
+        tokens: How many it trains on.
+        gpu: The kind of GPU; ``None`` for CPUs.
+        tokens_per_second: Over all workers, where it was measured.
+        price_per_hour: Of the whole cluster, in whatever currency.
+
+    Returns:
+        One where the speed was measured, two where it can only be bounded, none without a clue.
+    """
+    workers = args.get("ray_num_workers", 1)
+    known = MEASURED.get((gpu or "", str(args["model_name_or_path"])))
+    speeds: list[tuple[float, str]] = []
+    if tokens_per_second is not None:
+        speeds = [(tokens_per_second, "as measured")]
+    elif known:
+        speeds = [(known[0] * workers, f"{known[0]:g} a GPU, {known[1]}")]
+    elif gpu:
+        size = shape.size
+        trained = size.parameters if size.trained is None else size.trained
+        each = throughput.flops_per_token(
+            shape.config, size.parameters, trained, args["cutoff_len"]
+        )
+        speeds = [
+            (share * throughput.GPUS[gpu][0] * workers / each, why) for share, why in MFU.values()
+        ]
+    hours = [tokens / speed / 3600 for speed, _ in speeds]
+    return [
+        Cost(speed, source, h, None if price_per_hour is None else h * price_per_hour)
+        for (speed, source), h in zip(speeds, hours, strict=True)
+    ]
+
+
+def memory_rows(args: dict[str, Any], shape: memory.Shape) -> list[dict[str, Any]]:
+    """A worker's memory by ZeRO stage and offload, in GiB; the last columns are the peaks."""
+    from .config import DEEPSPEED_CONFIGS
+
+    rows = []
+    estimates = planning.zero_memory(shape.size, args.get("ray_num_workers", 1))
+    files = {"none (DDP)": None, "1": "z1", "2": "z2", "3": "z3", "3 + offload": "z3_offload"}
+    for (stage, name), estimate in zip(files.items(), estimates, strict=True):
+        path = name and str(DEEPSPEED_CONFIGS / f"ds_{name}_config.json")
+        peaks = {}
+        for checkpointing in (False, True):
+            off = not checkpointing
+            changed = args | {"deepspeed": path, "disable_gradient_checkpointing": off}
+            peaks[checkpointing] = memory.of_worker(changed, shape)
+        one, less = peaks[False], peaks[True]
+        values = {
+            "DeepSpeed's estimate": estimate["GiB per worker"] * 2**30,
+            "model states": one.states,
+            "activations": one.activations,
+            "with checkpointing": less.activations,
+            "logits": one.logits,
+            "buffers": one.buffers,
+            "peak": one.peak,
+            "peak with checkpointing": less.peak,
+            "on the host": one.host,
+        }
+        rows.append({"ZeRO": stage} | {k: round(v / 2**30, 2) for k, v in values.items()})
+    return rows

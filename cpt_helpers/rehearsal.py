@@ -1,0 +1,252 @@
+"""What a run would be, without running it: ``plan`` and ``--dry-run``."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from . import assets, config, environment, forecast, launch, pipeline, planning, preflight
+from . import sources as corpora
+from .errors import ConfigError, CptError, DataError
+from .forecast import USABLE
+from .preflight import Finding
+from .registry import HELD_OUT
+from .run import Run, as_overrides
+
+PROBE = {"save_strategy": "no", "eval_strategy": "no", "eval_on_start": False, "report_to": "none"}
+
+
+def dry_run(arguments: Any) -> int:
+    """``--dry-run``: the resolved files, the plan and every finding; launches and writes nothing.
+
+    Returns:
+        0 where nothing was found wrong, else 1.
+    """
+    import yaml
+
+    run = Run.open(arguments.run, arguments.storage)
+    recipe = arguments.config or pipeline.DEFAULT_RECIPE
+    given = as_overrides(getattr(arguments, "parameters", ""))
+    overrides = as_overrides(arguments.overrides or given.get("OVERRIDES", {}))
+    corpus = arguments.corpus or given.get("CORPUS") or config.corpus_of(recipe, overrides)
+    resolved, findings = examine(run, recipe, overrides, corpus)
+    print(f"# {run.train_yaml}, as it would be\n{yaml.safe_dump(resolved.args, sort_keys=False)}")
+    if resolved.deepspeed:
+        print(f"# {run.config_dir / resolved.deepspeed.name}\n{resolved.deepspeed.read_text()}")
+    args = _readable(resolved)
+    try:
+        print(_plan_in_words(run, args, blocks_of(run, args)))
+    except CptError as error:
+        findings.append(Finding("plan", error.what, error))
+    try:
+        with environment.cluster() as ray:
+            findings += _later(preflight.look(run, args, ray), run, args)
+    except CptError as error:
+        findings.append(Finding("cluster", error.what, error))
+    print("# what was looked at")
+    for finding in findings:
+        print(finding)
+    wrong = sum(finding.error is not None for finding in findings)
+    print(f"\nnothing was launched; {wrong or 'nothing'} to mend")
+    return 1 if wrong else 0
+
+
+def examine(
+    run: Run, recipe: str, overrides: dict[str, Any], corpus: str
+) -> tuple[config.Resolved, list[Finding]]:
+    """A recipe resolved as far as it can be, and what is wrong with it.
+
+    A corpus that step 2 has yet to read is no fault where it can be found.
+
+    Raises:
+        ConfigError: It has keys or values that nothing can be made of.
+    """
+    source = corpora.find(corpus)
+    blocks = None
+    if run.step_json("02_data").is_file():
+        blocks = run.read_step("02_data")["data"]["tokenized_path"]
+    resolved = config.resolve(run, recipe, overrides, source.name, blocks, examine=True)
+    findings = []
+    for problem in resolved.problems:
+        name = _unprepared(problem)
+        findings.append(
+            Finding("corpus", f"{name} will be read by step 2")
+            if name and _can_be_found(name, source.name)
+            else Finding("recipe", problem.what, problem)
+        )
+    if not any(finding.error for finding in findings):
+        findings.append(Finding("recipe", "every key is known, and none contradicts another"))
+    return resolved, list(dict.fromkeys(findings))
+
+
+def _unprepared(problem: ConfigError) -> str | None:
+    """The corpus that a problem says is not there yet."""
+    for start in ("unknown dataset '", "the dataset '"):
+        if problem.what.startswith(start):
+            return problem.what.removeprefix(start).split("'")[0].removesuffix(HELD_OUT)
+    return None
+
+
+def _can_be_found(name: str, given: str) -> bool:
+    if name == given:
+        return True  # it was found above
+    try:
+        return corpora.find(name).name == name
+    except DataError:
+        return False
+
+
+def _readable(resolved: config.Resolved) -> dict[str, Any]:
+    """Its arguments, DeepSpeed's file where it lies now: the run's copy is not written yet."""
+    file = {"deepspeed": str(resolved.deepspeed)} if resolved.deepspeed else {}
+    return resolved.args | file
+
+
+def _later(findings: list[Finding], run: Run, args: dict[str, Any]) -> list[Finding]:
+    """Those findings without what steps 1 and 2 will still bring."""
+    model = Path(str(args["model_name_or_path"]))
+    coming = model.parent == run.storage / "models" and model.name in assets.MODELS
+    kept = []
+    for finding in findings:
+        if finding.error and coming and not model.exists() and str(model) in finding.error.where:
+            if finding.subject == "model":
+                kept.append(Finding("model", f"{model.name} will be fetched by step 1"))
+            continue
+        kept.append(finding)
+    return kept
+
+
+def blocks_of(run: Run, args: dict[str, Any], tokens: int | None = None) -> int | None:
+    """Blocks to train on: of step 2's results, or of a number of tokens; ``None`` if unknown."""
+    if tokens is not None:
+        return tokens // args["cutoff_len"]
+    if run.step_json("02_data").is_file():
+        return run.read_step("02_data")["data"]["blocks"]
+    return None
+
+
+def plan(arguments: Any) -> int:
+    """``python -m cpt_helpers plan RECIPE``: steps, tokens, memory, disk, hours and price."""
+    run = Run.open(arguments.run, arguments.storage)
+    recipe = arguments.recipe or arguments.config or pipeline.DEFAULT_RECIPE
+    overrides = as_overrides(arguments.overrides)
+    corpus = arguments.corpus or config.corpus_of(recipe, overrides)
+    resolved, findings = examine(run, recipe, overrides, corpus)
+    args = _readable(resolved)
+    blocks = blocks_of(run, args, arguments.tokens)
+    speed = arguments.tokens_per_second
+    if arguments.probe:
+        speed = probe(run, recipe, overrides, corpus, arguments.probe)
+    print(_plan_in_words(run, args, blocks, arguments.gpu, speed, arguments.price))
+    for finding in findings:
+        if finding.error:
+            print(f"\n{finding}")
+    return 1 if any(finding.error for finding in findings) else 0
+
+
+def probe(run: Run, recipe: str, overrides: dict[str, Any], corpus: str, steps: int) -> float:
+    """Trains a few steps of a recipe beside the run, and measures its speed.
+
+    Returns:
+        Tokens a second over all workers, the median of the steps.
+    """
+    beside = Run.open(f"{run.name}-probe-{steps}", run.storage)
+    pipeline.configure(beside, recipe, corpus, overrides | PROBE | {"max_steps": steps})
+    trained = launch.train(beside, config.load(beside))
+    seen = max(event["memory"] for event in beside.events() if event["event"] == "step")
+    print(
+        f"probe: {steps} steps, {trained['tokens_per_second']:.0f} tokens/s, "
+        f"{seen / 2**30:.2f} GiB at the peak of rank 0, "
+        f"{trained['seconds_to_first_step']:.0f} s to the first step\n"
+    )
+    return trained["tokens_per_second"]
+
+
+def _plan_in_words(
+    run: Run,
+    args: dict[str, Any],
+    blocks: int | None,
+    gpu: str = "",
+    speed: float | None = None,
+    price: float | None = None,
+) -> str:
+    shape = forecast.shape_of(args)
+    size, workers = shape.size, args.get("ray_num_workers", 1)
+    lines = ["# the plan"]
+
+    def say(what: str, value: str) -> None:
+        lines.append(f"  {what:<22}{value}")
+
+    say("model", f"{size.name}: {size.parameters:,} parameters, {size.trained:,} trained")
+    batch = config.global_batch(args)
+    per_step = batch * args["cutoff_len"]
+    say("one step", f"{batch} blocks of {args['cutoff_len']} = {per_step:,} tokens")
+    steps = args.get("max_steps", -1)
+    if blocks is not None:
+        steps = planning.plan(args, blocks, 0).steps
+        say("the corpus", f"{blocks:,} blocks = {blocks * args['cutoff_len']:,} tokens")
+    if steps > 0:
+        say("steps", f"{steps:,}, {steps * per_step:,} tokens in all")
+        room = planning.disk(args, size, steps)
+        say("on the storage", f"{room.total:.3g} GiB: {room.in_words()}")
+    else:
+        say("steps", "known once step 2 has read the corpus, or with --tokens")
+    kind = forecast.gpu_of(args, gpu)
+    kinds = [kind] if kind else [] if args.get("use_cpu") else list(forecast.throughput.GPUS)
+    lines.append(f"\n  memory of each of {workers} workers, GiB (computed; the recipe: ZeRO "
+                 f"{forecast.memory.settings_of(args, shape.hidden).stage})")  # fmt: skip
+    rows = forecast.memory_rows(args, shape)
+    lines += _columns(rows)
+    lines.append("")
+    for name in kinds:
+        lines += _fit_in_words(args, shape, name)
+    if args.get("use_cpu"):
+        import psutil
+
+        each = forecast.memory.of_worker(args, shape).peak / 2**30
+        have = psutil.virtual_memory().total / 2**30
+        enough = "enough" if workers * each < USABLE * have else "not enough for all of them"
+        say("on this machine", f"{workers} x {each:.1f} GiB of {have:.0f} GiB: {enough}")
+    if steps > 0:
+        costs = forecast.cost(
+            args, shape, steps * per_step, kind, tokens_per_second=speed, price_per_hour=price
+        )
+        for known in costs:
+            amount = f", {known.price:,.2f} at {price:g} an hour" if known.price is not None else ""
+            say("time of the steps", f"{_duration(known.hours)}{amount}, if")
+            say("", f"{known.tokens_per_second:,.0f} tokens/s: {known.source}")
+        if not costs:
+            say("time", "with --gpu, --tokens-per-second, or --probe, which measures it")
+    return "\n".join(lines) + "\n"
+
+
+def _fit_in_words(args: dict[str, Any], shape: Any, gpu: str) -> list[str]:
+    tried = forecast.fits(args, shape, gpu)
+    have = tried[0].capacity / 2**30
+    first = f"  {gpu}, {have:.1f} GiB: "
+    need = f"{tried[0].memory.peak / 2**30:.1f} GiB"
+    if tried[0].fits:
+        return [f"{first}fits, {need} at the peak"]
+    lines = [f"{first}does not fit, {need} at the peak"]
+    if tried[-1].fits:
+        changes = " + ".join(fit.change for fit in tried[1:])
+        return [*lines, f"      fits with {changes} ({tried[-1].memory.peak / 2**30:.1f} GiB)"]
+    return [*lines, "      nor with any change of the recipe: more workers, or a larger GPU"]
+
+
+def _columns(rows: list[dict[str, Any]]) -> list[str]:
+    heads = list(rows[0])
+    widths = [max(len(head), *(len(str(row[head])) for row in rows)) for head in heads]
+    table = [heads, *([str(row[head]) for head in heads] for row in rows)]
+    return [
+        "  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True))
+        for line in table
+    ]
+
+
+def _duration(hours: float) -> str:
+    minutes = math.ceil(hours * 60)
+    if minutes < 120:
+        return f"{minutes} minute{'s' * (minutes != 1)}"
+    return f"{hours:.1f} hours"

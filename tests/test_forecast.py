@@ -1,0 +1,151 @@
+"""The plan: its counts against what torch counts, its memory against DeepSpeed's, its words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cpt_helpers import config, forecast, memory, planning, throughput
+from cpt_helpers.__main__ import main
+from cpt_helpers.errors import ParameterError
+
+Z3 = str(config.DEEPSPEED_CONFIGS / "ds_z3_config.json")
+
+
+@pytest.fixture(scope="module")
+def args(tiny_gemma3: Path) -> dict:
+    recipe = config.read_recipe("cpt_cpu.yaml")[1]
+    return recipe | {
+        "model_name_or_path": str(tiny_gemma3),
+        "bf16": False,
+        "cutoff_len": 64,
+        "deepspeed": Z3,
+    }
+
+
+@pytest.fixture(scope="module")
+def gemma() -> tuple[dict, memory.Shape]:
+    recipe = config.read_recipe("cpt_deepspeed.yaml")[1] | {"deepspeed": Z3}
+    return recipe, memory.shape_of(recipe, planning.gemma_3_4b())
+
+
+def test_flops_are_those_torch_counts(args: dict) -> None:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        args["model_name_or_path"], attn_implementation="eager"
+    )
+    tokens = torch.arange(2 * 64).reshape(2, 64) % 500
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+    every, trained = throughput.text_parameters(model)
+    assert every == trained == sum(p.numel() for p in model.parameters()), "tied, counted once"
+    ours = throughput.flops_per_token(model.config, every, trained, 64) * tokens.numel()
+    # Eager attention multiplies over the whole block also where a window hides most of it.
+    width = model.config.num_attention_heads * model.config.head_dim
+    hidden = 12 * width * (2 * 64) - 12 * throughput.attention_widths(model.config, 64)
+    assert ours + hidden * tokens.numel() == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_activations_are_those_autograd_keeps(args: dict) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(args["model_name_or_path"])
+    weights = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.model(input_ids=torch.zeros(2, 64, dtype=torch.long), use_cache=False)
+    real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    counted = memory.activations(args, memory.shape_of(args))
+    assert counted == pytest.approx(real, rel=0.05)
+    less = memory.activations(args, memory.shape_of(args), checkpointing=True)
+    assert less < 0.75 * counted
+
+
+def test_states_beside_deepspeeds_estimate(gemma: tuple[dict, memory.Shape]) -> None:
+    """All weights in 16 bits: 1 and 2 agree; 3 counts the 16-bit gradients' shard too."""
+    recipe, shape = gemma
+    n = shape.size.parameters
+    whole = memory.Shape(
+        planning.ModelSize("all", n, shape.size.largest_layer, n),
+        shape.vocabulary, shape.hidden, shape.layers, shape.config,
+    )  # fmt: skip
+    estimates = {row["ZeRO"]: row["GiB per worker"] for row in planning.zero_memory(whole.size, 4)}
+    rows = {row["ZeRO"]: row["model states"] for row in forecast.memory_rows(recipe, whole)}
+    assert rows["1"] == pytest.approx(estimates["1"], abs=0.02)
+    assert rows["2"] == pytest.approx(estimates["2"], abs=0.02)
+    sharded_gradients = 2 * n / 4 / 2**30
+    assert rows["3"] == pytest.approx(estimates["3"] + sharded_gradients, abs=0.02)
+
+
+def test_what_fits_and_what_to_change(gemma: tuple[dict, memory.Shape]) -> None:
+    recipe, shape = gemma
+    (as_it_is,) = forecast.fits(recipe, shape, "L40S")
+    assert as_it_is.fits and as_it_is.change == ""
+    tried = forecast.fits(recipe, shape, "L4")
+    assert not tried[0].fits and tried[-1].fits
+    assert "ds_z3_offload" in tried[-1].change
+    wasteful = recipe | {"per_device_train_batch_size": 16}
+    first, second, *_ = forecast.fits(wasteful, shape, "L40S")
+    assert not first.fits
+    assert second.change == "per_device_train_batch_size: 1, gradient_accumulation_steps: 32"
+    assert second.memory.peak == as_it_is.memory.peak
+    assert first.memory.logits == 16 * as_it_is.memory.logits
+
+
+def test_hours_and_price(gemma: tuple[dict, memory.Shape]) -> None:
+    recipe, shape = gemma
+    (known,) = forecast.cost(recipe, shape, 2_156_000, "L40S", price_per_hour=36.0)
+    assert known.hours == pytest.approx(1000 / 3600) and known.price == pytest.approx(10.0)
+    slow, fast = forecast.cost(recipe, shape, 1000, "H100")
+    assert slow.hours > 10 * fast.hours
+    assert forecast.cost(recipe, shape, 1000, None) == []
+    (told,) = forecast.cost(recipe, shape, 7200, None, tokens_per_second=2.0)
+    assert told.hours == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA A100-SXM4-40GB", "A100-40G"),
+        ("NVIDIA A100-SXM4-80GB", "A100-80G"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA L40", None),
+        ("Tesla V100-SXM2-16GB", "V100"),
+        ("NVIDIA GeForce RTX 4090", "RTX4090"),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_devices_by_name(name: str, key: str | None) -> None:
+    assert throughput.gpu_named(name) == key
+
+
+def test_a_gpu_nobody_knows(gemma: tuple[dict, memory.Shape]) -> None:
+    with pytest.raises(ParameterError, match="unknown GPU 'L41'"):
+        forecast.gpu_of(gemma[0], "L41")
+    assert forecast.gpu_of(gemma[0]) == "L40S"
+
+
+def test_the_plan_in_words(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    given = ["--tokens", "409600", "--price", "12", "--storage", str(tmp_path)]
+    assert main(["plan", "cpt_deepspeed.yaml", *given]) == 0
+    said = capsys.readouterr().out
+    assert "3,880,263,168 trained" in said and "8 blocks of 512 = 4,096 tokens" in said
+    assert "800 blocks" in said and "200, 819,200 tokens in all" in said
+    assert "L40S, 44.4 GiB: fits" in said
+    assert "7 minutes, 1.27 at 12 an hour" in said  # 819,200 tokens at 4 x 539 a second
+    assert main(["plan", "cpt_deepspeed.yaml", "--gpu", "L4", "--storage", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "does not fit" in said and "fits with" in said and "known once step 2" in said
+    assert not list(tmp_path.iterdir()), "nothing may be written"
