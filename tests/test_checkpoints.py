@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cpt_helpers import checkpoints, config, planning, worker
+from cpt_helpers import checkpoints, config, planning, preflight, worker
 from cpt_helpers.errors import CheckpointError, ConfigError, RunExistsError, StorageError
 from cpt_helpers.run import Run
 
@@ -266,12 +266,10 @@ def test_which_failures_are_tried_again(tmp_path: Path) -> None:
 
 
 def test_too_little_room_is_refused_with_both_numbers(run: Run) -> None:
-    from cpt_helpers import launch
-
     disk = {"checkpoint": 1e6, "kept": 4, "model": 1.0, "total": 4e6}
     run.record("03_config", {"plan": {"disk": disk}})
     with pytest.raises(StorageError, match=r"GiB free, 4000000\.0 GiB needed(?s:.*)4 checkpoints"):
-        launch._require_room(run, {}, None)
+        preflight.room(run, {})
 
 
 def test_the_room_a_run_takes() -> None:
