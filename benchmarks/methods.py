@@ -1,0 +1,94 @@
+"""All weights, the last layers, or adapters: what each learns and costs. ``make bench-methods``.
+
+Trains the default model on the default corpus by the three CPU recipes, the same tokens each time,
+through Ray and ZeRO-3, and writes ``benchmarks/results/methods.json`` and ``methods.md``. Runs that
+are there already are taken as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+RECIPES = {"full": "cpt_cpu.yaml", "freeze": "cpt_cpu_freeze.yaml", "lora": "cpt_cpu_lora.yaml"}
+
+
+def trained(kind: str, storage: Path, steps: int | None) -> dict[str, Any]:
+    """One method's training, as a row."""
+    from cpt_helpers import checkpoints, config, curves, launch, pipeline
+    from cpt_helpers.run import Run
+
+    run = Run.open(f"methods-{kind}", storage)
+    overrides: dict[str, Any] = {"report_to": "none"}
+    if steps:
+        overrides |= {"max_steps": steps, "save_steps": steps, "eval_steps": steps}
+    pipeline.configure(run, RECIPES[kind], "", overrides)
+    args = config.load(run)
+    train = launch.train(run, args)
+    return {
+        "method": kind,
+        "learning_rate": args["learning_rate"],
+        "trained": train["parameters"]["trained"],
+        "parameters": train["parameters"]["all"],
+        "tokens": train["tokens"],
+        "perplexity": curves.perplexities(run, config.held_out_of(args)),
+        "seconds": train["seconds"],
+        "tokens_per_second": train["tokens_per_second"],
+        "peak_memory": train["peak_memory"],
+        "checkpoint": checkpoints.latest(run).bytes,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--storage", default="", help="where the runs lie")
+    parser.add_argument("--steps", type=int, help="another number of steps than the recipes'")
+    given = parser.parse_args()
+    from cpt_helpers import environment
+    from cpt_helpers.run import storage_root
+
+    storage = storage_root(given.storage)
+    rows = []
+    for kind in RECIPES:
+        rows.append(trained(kind, storage, given.steps))
+        print(json.dumps(rows[-1]), flush=True)
+        result = {"date": str(date.today()), "machine": environment.machine(), "rows": rows}
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "methods.json").write_text(json.dumps(result, indent=2) + "\n")
+        (RESULTS / "methods.md").write_text(table(result))
+
+
+def table(result: dict[str, Any]) -> str:
+    heads = ["", "parameters trained", "domain", "general", "tokens/s", "seconds", "GiB a worker"]
+    heads.append("MB a checkpoint")
+    lines = [
+        f"The same {result['rows'][0]['tokens']:,} tokens; {result['date']}, {result['machine']}.",
+        "",
+        f"| {' | '.join(heads)} |",
+        "|" + "---|" * len(heads),
+    ]
+    for row in result["rows"]:
+        share = row["trained"] / row["parameters"]
+        ppl = [
+            f"{p['before']:.2f} → {p['after']:.2f} ({p['after'] / p['before'] - 1:+.1%})"
+            for p in (row["perplexity"][role] for role in ("domain", "general"))
+        ]
+        cells = [
+            row["method"],
+            f"{row['trained']:,} ({share:.1%})",
+            *ppl,
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['seconds']:.0f}",
+            f"{row['peak_memory'] / 2**30:.1f}",
+            f"{row['checkpoint'] / 1e6:,.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
