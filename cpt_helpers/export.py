@@ -1,6 +1,7 @@
 """A checkpoint becomes a Hugging Face folder, is loaded afresh, and held against the trainer.
 
-Nothing of the training state goes along: safetensors weights, configuration, tokenizer.
+Nothing of the training state goes along: safetensors weights, configuration, tokenizer. What LoRA
+trained is merged into its base, or goes alone, as an adapter that names its base.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import hub
-from .errors import AssetError, ExportError
+from .assets import sha256
+from .checkpoints import MANIFEST
+from .environment import require_room
+from .errors import AssetError, CheckpointError, ExportError
 from .packing import pack
 from .streams import hushed
 
@@ -22,42 +26,52 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+FORMS = ("merged", "adapter")
+_ADAPTER = "adapter_config.json"
+_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "BF16": 2, "F16": 2, "F32": 4}
 
 
-def export(checkpoint: Path, target: Path, *, dtype: str = "auto") -> Path:
+def export(checkpoint: Path, target: Path, *, dtype: str = "auto", form: str = "merged") -> Path:
     """Writes a checkpoint's model as a plain Hugging Face folder; an equal one is left alone.
 
     Args:
         checkpoint: The Hugging Face checkpoint (``Checkpoint.model``).
         target: The folder to make.
-        dtype: ``"auto"`` keeps the precision it was trained in.
+        dtype: ``"auto"`` keeps the precision it was trained in; what LoRA trained is merged into
+            the precision its base is stored in.
+        form: ``"merged"``, a model that stands alone, or ``"adapter"``, what LoRA trained alone.
 
     Raises:
-        ExportError: The dtype is unknown, or the folder holds another export.
+        ExportError: The dtype or form is unknown, the folder holds another export, there is no
+            adapter to export, or it is not its base's.
+        CheckpointError: The checkpoint is missing or broken.
+        AssetError: An adapter's base is not there.
+        StorageError: There is too little room.
     """
-    if dtype not in DTYPES:
-        raise ExportError(f"unknown dtype '{dtype}'", expected=", ".join(DTYPES))
-    made_from = {"checkpoint": str(checkpoint), "dtype": dtype}
-    note = target / "export.json"
-    if target.exists():
-        if note.is_file() and json.loads(note.read_text("utf-8")) == made_from:
-            return target
+    for name, value, known in (("dtype", dtype, DTYPES), ("form", form, FORMS)):
+        if value not in known:
+            raise ExportError(f"unknown {name} '{value}'", expected=", ".join(known))
+    made_from = {"checkpoint": str(checkpoint), "dtype": dtype, "form": form}
+    if _is_there(target, made_from):
+        return target
+    _require_whole(checkpoint)
+    lora = (checkpoint / _ADAPTER).is_file()
+    if form == "adapter" and not lora:
         raise ExportError(
-            "the export folder exists and holds something else",
-            where=target,
-            expected=f"no folder, or an export of {checkpoint} as {dtype}",
-            do="move it away, or export the same again; nothing was changed",
+            "there is no adapter in this checkpoint: all that was trained are the model's weights",
+            where=checkpoint,
+            expected=f"a LoRA checkpoint, with {_ADAPTER}",
+            do="export it with form 'merged'",
         )
-    model, tokenizer = load(checkpoint, dtype=dtype)
+    if lora:
+        _require_base(checkpoint)
+    existing = next(p for p in target.absolute().parents if p.is_dir())
+    need = _size(checkpoint, dtype, form) / 2**30
+    require_room(existing, need, f"room for the export ({form}, {dtype})")
     target.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
-        with hushed():  # DeepSpeed's import tells where it runs
-            model.save_pretrained(part, safe_serialization=True)
-        tokenizer.save_pretrained(part)
-        for name in ("preprocessor_config.json", "processor_config.json"):
-            if (checkpoint / name).is_file():  # multimodal models need theirs to be served
-                shutil.copy(checkpoint / name, part / name)
+        (_write_adapter if form == "adapter" else _write_model)(checkpoint, part, dtype)
         (part / "export.json").write_text(json.dumps(made_from, indent=2) + "\n", "utf-8")
         part.chmod(0o755)
         part.rename(target)
@@ -70,30 +84,47 @@ def load(folder: str | Path, *, dtype: str = "auto") -> tuple[Any, Any]:
     """A model and its tokenizer in plain transformers, ready to be asked.
 
     Args:
-        folder: A Hugging Face folder, or a name on the hub.
-        dtype: ``"auto"`` takes the precision the weights are stored in.
+        folder: A Hugging Face folder, a name on the hub, or a folder with a LoRA adapter, which is
+            put on the base it names.
+        dtype: ``"auto"`` takes the precision the weights (of an adapter: its base's) are stored in.
 
     Raises:
         AssetError: There is no such model, or the hub is out of reach.
+        ExportError: An adapter is not its base's.
     """
     import torch
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
-    config = config_of(folder)
-    auto = transformers.AutoModelForCausalLM
-    if hasattr(config, "vision_config"):
-        auto = transformers.AutoModelForImageTextToText
+    base = _require_base(Path(folder)) if (Path(folder) / _ADAPTER).is_file() else folder
+    auto = _auto_class(config_of(base))
     try:
-        model = auto.from_pretrained(
-            folder, torch_dtype=dtype if dtype == "auto" else getattr(torch, dtype)
+        model, info = auto.from_pretrained(
+            base,
+            torch_dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            output_loading_info=True,
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise _unknown_model(folder, error) from None
+    tied = model._tied_weights_keys or [] if model.config.tie_word_embeddings else []
+    if missing := sorted(set(info["missing_keys"]) - set(tied)):  # they would be random numbers
+        raise _unknown_model(base, KeyError(f"without the weights {', '.join(missing[:3])}"))
+    if base is not folder:
+        import peft
+
+        with hushed():
+            model = peft.PeftModel.from_pretrained(model, str(folder))
     if torch.cuda.is_available():
         model = model.to("cuda")
     return model.eval(), tokenizer
+
+
+def base_of(folder: Path) -> str:
+    """The base model an adapter names; empty where the folder holds no adapter."""
+    if not (folder / _ADAPTER).is_file():
+        return ""
+    return json.loads((folder / _ADAPTER).read_text("utf-8")).get("base_model_name_or_path") or ""
 
 
 def config_of(model: str | Path) -> Any:
@@ -170,6 +201,167 @@ def dtype_of(folder: Path) -> str:
     first = sorted(folder.glob("*.safetensors"))[0]
     with safe_open(first, framework="pt") as weights:
         return str(weights.get_tensor(next(iter(weights.keys()))).dtype).removeprefix("torch.")
+
+
+def _is_there(target: Path, made_from: dict[str, str]) -> bool:
+    """Whether that very export is there already; another one, or anything else, is refused."""
+    if not target.exists():
+        return False
+    try:
+        note = json.loads((target / "export.json").read_text("utf-8"))
+        if {"form": "merged"} | note == made_from:  # notes of old do not name a form
+            return True
+    except (OSError, ValueError, TypeError):
+        pass
+    raise ExportError(
+        "the export folder exists and holds something else",
+        where=target,
+        expected="no folder, or an export of {checkpoint} as {dtype}, {form}".format(**made_from),
+        do="move it away, or export the same again; nothing was changed",
+    )
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights, its adapter's where it is LoRA's."""
+    if (folder / _ADAPTER).is_file():
+        return [folder / "adapter_model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        named = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        return [folder / name for name in sorted(named)]
+    return [folder / "model.safetensors"]
+
+
+def _require_whole(checkpoint: Path) -> None:
+    """Reads what the weights' files say of themselves, and compares them with the manifest."""
+    reason = "there is no such folder" if not checkpoint.is_dir() else ""
+    try:
+        files = _weights(checkpoint) if not reason else []
+        needed = _ADAPTER if (checkpoint / _ADAPTER).is_file() else "config.json"
+        named = {}
+        if (checkpoint.parent / MANIFEST).is_file():
+            named = json.loads((checkpoint.parent / MANIFEST).read_text("utf-8"))["files"]
+        for path in [checkpoint / needed, checkpoint / "tokenizer_config.json", *files]:
+            written = named.get(f"{checkpoint.name}/{path.name}")
+            if not reason and not path.is_file():
+                reason = f"{path.name} is missing"
+            elif not reason and written and sha256(path) != written["sha256"]:
+                reason = f"{path.name} is not what was written: its sha256 differs"
+        if not reason:
+            _shapes(checkpoint)
+            json.loads((checkpoint / needed).read_text("utf-8"))
+    except Exception as error:  # safetensors has an error of its own, derived from Exception
+        reason = f"it cannot be read: {' '.join(str(error).split())[:200]}"
+    if reason:
+        raise CheckpointError(
+            f"the checkpoint cannot be exported: {reason}",
+            where=checkpoint,
+            expected="a Hugging Face checkpoint with configuration, tokenizer and safetensors",
+            do="export another one (checkpoints.pick passes broken ones over); nothing was written",
+        )
+
+
+def _shapes(folder: Path) -> dict[str, tuple[list[int], str]]:
+    """Shape and dtype of each tensor, from the files' headers."""
+    from safetensors import safe_open
+
+    found = {}
+    for path in _weights(folder):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118, it is no dict
+                part = file.get_slice(name)
+                found[name] = (part.get_shape(), part.get_dtype())
+    return found
+
+
+def _auto_class(config: Any) -> Any:
+    import transformers
+
+    if hasattr(config, "vision_config"):
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM
+
+
+def _empty(base: str) -> Any:
+    """A model's modules without any storage, to know its shapes."""
+    import torch
+
+    config = config_of(base)
+    with torch.device("meta"):
+        return _auto_class(config).from_config(config)
+
+
+def _require_base(folder: Path) -> str:
+    """The base an adapter names, after a look at whether its layers are those of the adapter."""
+    base = base_of(folder)
+    try:
+        modules = dict(_empty(base).named_modules())
+    except AssetError as error:
+        raise AssetError(
+            f"the base model of the adapter is not there: '{base}'",
+            where=folder / _ADAPTER,
+            expected=error.what,
+            do="bring that model back, or name where it is as base_model_name_or_path",
+        ) from None
+    for name, (shape, _) in _shapes(folder).items():
+        layer, _, half = name.removeprefix("base_model.model.").rpartition(".lora_")
+        if half not in ("A.weight", "B.weight"):
+            continue
+        weight = getattr(modules.get(layer), "weight", None)
+        theirs = None if weight is None else weight.shape[1 if half[0] == "A" else 0]
+        if theirs != (ours := shape[1 if half[0] == "A" else 0]):
+            found = "has no such layer" if theirs is None else f"is {theirs} wide there"
+            raise ExportError(
+                f"the adapter is of another model than '{base}'",
+                where=f"{folder}: {layer} is {ours} wide; the base {found}",
+                expected="the model it was trained on",
+                do="correct base_model_name_or_path in adapter_config.json",
+            )
+    return base
+
+
+def _size(checkpoint: Path, dtype: str, form: str) -> int:
+    """Bytes the export's weights will take."""
+    if form == "merged" and (base := base_of(checkpoint)):
+        stored = str(getattr(config_of(base), "torch_dtype", None)).removeprefix("torch.")
+        width = _BYTES.get(stored if dtype == "auto" else dtype, 4)
+        return width * sum(p.numel() for p in _empty(base).parameters())
+    shapes = _shapes(checkpoint).values()
+    return sum(
+        math.prod(shape) * _BYTES.get(own if dtype == "auto" else dtype, 4) for shape, own in shapes
+    )
+
+
+def _write_model(checkpoint: Path, part: Path, dtype: str) -> None:
+    import torch
+
+    base = base_of(checkpoint)
+    # Merged in fp32 and rounded once: sums in bf16 would lose what a small adapter adds.
+    model, tokenizer = load(checkpoint, dtype="float32" if base else dtype)
+    if base:
+        model = model.merge_and_unload()
+        stored = getattr(config_of(base), "torch_dtype", None) or torch.float32
+        model = model.to(stored if dtype == "auto" else getattr(torch, dtype))
+    with hushed():  # DeepSpeed's import tells where it runs
+        model.save_pretrained(part, safe_serialization=True)
+    tokenizer.save_pretrained(part)
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        for folder in [Path(base), checkpoint] if base else [checkpoint]:
+            if (folder / name).is_file():  # multimodal models need theirs to be served
+                shutil.copy(folder / name, part / name)
+
+
+def _write_adapter(checkpoint: Path, part: Path, dtype: str) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoTokenizer
+
+    weights = load_file(checkpoint / "adapter_model.safetensors")
+    if dtype != "auto":
+        weights = {name: w.to(getattr(torch, dtype)) for name, w in weights.items()}
+    save_file(weights, part / "adapter_model.safetensors", {"format": "pt"})
+    shutil.copy(checkpoint / _ADAPTER, part / _ADAPTER)
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(part)
 
 
 def _unknown_model(model: str | Path, error: Exception) -> AssetError:

@@ -84,6 +84,27 @@ def tiny_gemma3(storage: Path, documents: list[str]) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def train_tiny(storage: Path, corpus: Path, tiny_gemma3: Path):
+    """Trains the tiny model for a few steps by a CPU recipe, once: ``train_tiny("lora")``."""
+    from cpt_helpers import config, launch, pipeline
+    from cpt_helpers.run import Run
+
+    def train(kind: str, corpus: str = str(corpus), name: str = "") -> Run:
+        run = Run.open(name or f"tiny-{kind}", storage)
+        if run.state != "complete":
+            recipe = "cpt_cpu.yaml" if kind == "full" else f"cpt_cpu_{kind}.yaml"
+            layers = {"freeze_trainable_layers": 1} if kind == "freeze" else {}
+            few = {"cutoff_len": 64, "max_steps": 8, "save_steps": 8, "eval_steps": 8}
+            model = {"model_name_or_path": str(tiny_gemma3), "learning_rate": 5e-3}
+            other = {"report_to": "none", "bf16": False}
+            pipeline.configure(run, recipe, corpus, model | layers | few | other)
+            launch.train(run, config.load(run))
+        return run
+
+    return train
+
+
 def python(code: str, **environment: str) -> dict:
     """Runs Python by itself and reads the JSON of its last line of output."""
     import subprocess

@@ -1,0 +1,201 @@
+"""The model card of an export: what it was made from, how, and what was measured, as recorded."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from . import config
+from .config import global_batch, names_of
+from .errors import ExportError
+from .run import Run
+
+_MISSING = "not recorded"
+_LICENSE = re.compile(r"^license:\s*[\"']?([A-Za-z0-9._-]+)", re.MULTILINE)
+
+
+def write(run: Run, export_folder: Path, exported: dict[str, Any]) -> Path:
+    """Writes ``README.md``, a Hugging Face model card, from the run's own records.
+
+    Args:
+        run: Whose model it is.
+        export_folder: As :func:`export.export` made it.
+        exported: What the export came to: ``step``, ``dtype``, ``perplexity``, measured again.
+
+    Returns:
+        The card.
+
+    Raises:
+        ExportError: There is no export in that folder.
+        ConfigError: The run has no resolved recipe.
+    """
+    note = export_folder / "export.json"
+    if not note.is_file():
+        raise ExportError(
+            "there is no export to write a card for",
+            where=export_folder,
+            expected="a folder that export.export made, with export.json",
+            do="run notebook 06_export",
+        )
+    form = json.loads(note.read_text("utf-8")).get("form", "merged")
+    args, results = config.load(run), run.results()
+    base, license_ = str(args["model_name_or_path"]), _license(str(args["model_name_or_path"]))
+    parts = [
+        _front_matter(args, base, license_, form),
+        f"# {run.name}\n\n{_said(args, base, form)}",
+        "## Use\n\n" + _use(base, form),
+        "## Data\n\n" + _table(_data(args, results)),
+        "## Training\n\n" + _table(_training(run, args, results)),
+        "## Figures\n\n" + _figures(run, args, results, exported),
+        "## Versions\n\n" + _table(list(results.get("versions", {}).items())),
+        "## Limits\n\n" + _limits(results, license_),
+    ]
+    card = export_folder / "README.md"
+    part = card.with_name(".README.md")
+    part.write_text("\n\n".join(parts) + "\n", "utf-8")
+    part.replace(card)
+    return card
+
+
+def public_name(model: str) -> str:
+    """A model's name without the folders of the machine it lay on."""
+    return Path(model).name if Path(model).is_absolute() else model
+
+
+def _front_matter(args: dict[str, Any], base: str, license_: str, form: str) -> str:
+    import yaml
+
+    matter: dict[str, Any] = {"base_model": public_name(base)}
+    if license_:
+        matter["license"] = license_
+    matter["library_name"] = "transformers"
+    matter["pipeline_tag"] = "text-generation"
+    matter["tags"] = ["continued-pretraining", "llama-factory", "deepspeed", "ray"]
+    if args.get("finetuning_type") == "lora":
+        matter["tags"] += ["lora", *(["peft"] if form == "adapter" else [])]
+    matter["datasets"] = names_of(args.get("dataset"))
+    return "---\n" + yaml.safe_dump(matter, sort_keys=False, allow_unicode=True) + "---"
+
+
+def _license(base: str) -> str:
+    """The licence the base model's own card names; empty where that is not known."""
+    card = Path(base) / "README.md"
+    if not card.is_file():
+        return ""
+    matter = card.read_text("utf-8", errors="replace").split("\n---", 1)[0]
+    found = _LICENSE.search(matter) if matter.startswith("---") else None
+    return found[1] if found else ""
+
+
+def _said(args: dict[str, Any], base: str, form: str) -> str:
+    kind = args.get("finetuning_type", "lora")
+    trained = {"full": "all weights", "freeze": "some layers", "lora": "a LoRA adapter"}
+    what = "The adapter alone." if form == "adapter" else "A model that stands alone."
+    merged = " The adapter is merged into it." if (kind, form) == ("lora", "merged") else ""
+    return (
+        f"`{public_name(base)}`, pre-trained further on raw text; trained were "
+        f"{trained.get(kind, kind)}. {what}{merged}"
+    )
+
+
+def _use(base: str, form: str) -> str:
+    if form == "adapter":
+        code = (
+            "from peft import PeftModel\n"
+            "from transformers import AutoModelForCausalLM\n"
+            f'base = AutoModelForCausalLM.from_pretrained("{public_name(base)}")\n'
+            'model = PeftModel.from_pretrained(base, "path/to/this/folder")'
+        )
+    else:
+        code = (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+            'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n'
+            'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")'
+        )
+    return f"```python\n{code}\n```"
+
+
+def _data(args: dict[str, Any], results: dict[str, Any]) -> list[tuple[str, Any]]:
+    data = results.get("data", {})
+    tokenised = args.get("tokenized_path")
+    return [
+        ("trained on", ", ".join(names_of(args.get("dataset")))),
+        ("documents", data.get("documents")),
+        ("tokens in them", data.get("tokens")),
+        ("documents held out", data.get("heldout_documents")),
+        ("measured on", ", ".join(names_of(args.get("eval_dataset")))),
+        ("tokenised data", Path(tokenised).name if tokenised else None),
+    ]
+
+
+def _training(run: Run, args: dict[str, Any], results: dict[str, Any]) -> list[tuple[str, Any]]:
+    train, events = results.get("train", {}), run.events()
+    start = next((e for e in reversed(events) if e["event"] == "start"), {})
+    last = next((e for e in reversed(events) if e["event"] == "step"), {})
+    sizes = start.get("parameters", {})
+    date = time.strftime("%Y-%m-%d", time.gmtime(events[-1]["time"])) if events else None
+    stage = start.get("zero_stage") if start else None
+    return [
+        ("date (UTC)", date),
+        ("fine-tuning type", args.get("finetuning_type")),
+        ("parameters trained", sizes.get("trained")),
+        ("parameters in all", sizes.get("all")),
+        ("learning rate", args.get("learning_rate")),
+        ("steps", last.get("step")),
+        ("blocks a step (global batch)", global_batch(args)),
+        ("tokens a block (cutoff_len)", args.get("cutoff_len")),
+        ("precision", next((k for k in ("bf16", "fp16") if args.get(k)), "fp32")),
+        ("workers", start.get("world_size")),
+        ("ZeRO stage", stage),
+        ("seconds", train.get("seconds")),
+        ("tokens/s", train.get("tokens_per_second")),
+    ]
+
+
+def _figures(
+    run: Run, args: dict[str, Any], results: dict[str, Any], exported: dict[str, Any]
+) -> str:
+    measured, again = results.get("perplexity", {}), exported.get("perplexity", {})
+    lines = [
+        f"Perplexity, of the checkpoint after step {exported.get('step', _MISSING)}, "
+        f"exported in {exported.get('dtype', _MISSING)}. «Before» and «after» are the trainer's, "
+        "at the training's begin and end; «export» is the exported folder's, measured again.\n",
+        "| held-out text | before | after | export |",
+        "|---|---|---|---|",
+    ]
+    for role, name in config.held_out_of(args).items():
+        own = measured.get(role) or {}
+        cells = [own.get("before"), own.get("after"), again.get(role)]
+        lines.append(f"| {role}: {name} | " + " | ".join(map(_cell, cells)) + " |")
+    return "\n".join(lines)
+
+
+def _limits(results: dict[str, Any], license_: str) -> str:
+    said = [
+        "Measured was perplexity on the held-out texts above, and nothing else: no downstream "
+        "tasks, no safety, no bias.",
+        "It was trained to continue text, not to follow instructions.",
+    ]
+    if not results.get("perplexity"):
+        said.append("The run recorded no perplexity before and after.")
+    if not license_:
+        said.append(
+            "The licence of the base model is not known here: look at its own page, it holds for "
+            "this model too."
+        )
+    return "\n".join(f"- {line}" for line in said)
+
+
+def _table(rows: list[tuple[str, Any]]) -> str:
+    if not rows:
+        return f"{_MISSING[0].upper()}{_MISSING[1:]}."
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {_cell(v)} |" for name, v in rows)])
+
+
+def _cell(value: Any) -> str:
+    if value is None or value == "":
+        return _MISSING
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
