@@ -1,4 +1,4 @@
-# run · test · test-faults · bench-data · bench-replay · bench-memory · lint · lab: each sets up .venv by itself the first time.
+# run · test · test-forms · test-faults · bench-data · bench-replay · bench-memory · bench-methods · bench-forms · lint · lab: each sets up .venv by itself the first time.
 PYTHON ?= python3
 RUN ?= cpt-cpu
 CONFIG ?=
@@ -15,7 +15,7 @@ READY := $(VENV)/.ready
 # A folder of wheels, where there is one: pip knows PIP_FIND_LINKS by itself, uv has to be told.
 FIND_LINKS := $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)")
 
-.PHONY: run test test-faults bench-data bench-replay bench-memory lint lab setup clean
+.PHONY: run test test-forms test-faults bench-data bench-replay bench-memory bench-methods bench-forms lint lab setup clean
 
 ## all six notebooks in order: make run [RUN=name CONFIG=recipe CORPUS=corpus OVERRIDES='{key: value}' …]
 run: $(READY)
@@ -25,6 +25,10 @@ run: $(READY)
 ## every test, real trainings included
 test: $(READY)
 	@$(PY) -m pytest
+
+## every form of export, quantized and served; full, freeze and LoRA trained for it
+test-forms: $(READY)
+	@$(PY) -m pytest -m forms
 
 ## trainings that are killed, stopped, starved and damaged: half an hour, and its table
 test-faults: $(READY)
@@ -43,6 +47,14 @@ bench-replay: $(READY)
 ## the plan's memory against what processes show: eighteen short trainings, twenty minutes
 bench-memory: $(READY)
 	@PYTHONPATH=. $(PY) benchmarks/memory.py
+
+## what quantizing costs and brings: make bench-forms MODEL=<an exported folder>
+bench-forms: $(READY)
+	@PYTHONPATH=. $(PY) benchmarks/forms.py $(MODEL)
+
+## all weights, the last layers, or adapters: three trainings of the default, a quarter of an hour
+bench-methods: $(READY)
+	@PYTHONPATH=. $(PY) benchmarks/methods.py
 
 ## style, and notebooks without outputs
 lint: $(READY)

@@ -116,6 +116,17 @@ def corpus_of(train_config: str, overrides: dict[str, Any]) -> str:
     return names.split(",")[0].strip()
 
 
+def check_keys(train_config: str, overrides: dict[str, Any]) -> None:
+    """Refuses a recipe with unknown keys or values of another type, before anything is fetched.
+
+    Raises:
+        ConfigError: With all of them.
+    """
+    path, recipe = read_recipe(train_config)
+    merged = {key: value for key, value in (recipe | overrides).items() if value is not None}
+    checks.refuse(checks.keys(merged, path, overrides))
+
+
 def resolve(
     run: Run,
     train_config: str,

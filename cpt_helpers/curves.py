@@ -92,6 +92,8 @@ def time_spent(run: Run) -> dict[str, float]:
         "evaluation": sum(e["seconds"] for e in by["eval"] if e["time"] >= launched),
         "checkpoints": sum(e["seconds"] for e in by["save"] if e["time"] >= launched),
     }
+    if events[-1]["event"] == "end":  # the final model, gathered and written
+        parts["final save"] = events[-1]["time"] - events[-2]["time"]
     rest = events[-1]["time"] - launched - sum(parts.values())
     return {what: round(seconds, 1) for what, seconds in (parts | {"other": max(rest, 0)}).items()}
 

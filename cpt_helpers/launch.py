@@ -45,8 +45,9 @@ def train(
         workers: Another number of workers than the recipe's, with the same global batch.
 
     Returns:
-        ``steps``, ``tokens``, ``tokens_per_second`` (median over steady steps), ``seconds`` (from
-        the launch to the end), ``seconds_to_first_step``, ``workers``, ``zero_stage``, ….
+        ``steps``, ``tokens``, ``tokens_per_second`` (median over steady steps), ``mfu`` (of the
+        peak of all workers' devices), ``peak_memory`` (bytes, the worker with the most),
+        ``seconds`` (from the launch to the end), ``seconds_to_first_step``, ``workers``, ….
 
     Raises:
         UnreadyError: The workers cannot be placed.
@@ -114,6 +115,11 @@ def summary(run: Run) -> dict[str, Any]:
         "steps": end["step"],
         "tokens": end["step"] * tokens,
         "tokens_per_second": round(tokens / statistics.median(s["seconds"] for s in steps), 1),
+        "tokens_per_second_per_worker": round(
+            tokens / statistics.median(s["seconds"] for s in steps) / starts[-1]["world_size"], 1
+        ),
+        "mfu": _median_of(steps, "mfu"),
+        "peak_memory": max([*(end.get("memory") or [0]), *(s.get("memory") or 0 for s in steps)]),
         "seconds": round(end["time"] - launched[0], 1),
         "seconds_to_first_step": round(first - max(t for t in launched if t < first), 1),
         "workers": starts[-1]["world_size"],
@@ -125,6 +131,11 @@ def summary(run: Run) -> dict[str, Any]:
         "launches": len(launched),
         "starts": len(starts),
     }
+
+
+def _median_of(steps: list[dict[str, Any]], key: str) -> float | None:
+    values = [step[key] for step in steps if step.get(key) is not None]
+    return statistics.median(values) if values else None
 
 
 def _resources(args: dict[str, Any]) -> dict[str, float]:

@@ -48,6 +48,9 @@ def run_all(run: Run, parameters: dict[str, Any]) -> dict[str, Any]:
                 expected=", ".join(sorted(set().union(*declared.values()))),
             )
     given = {"RUN_NAME": run.name, "STORAGE": str(run.storage), **parameters}
+    if "TRAIN_CONFIG" in given or given.get("OVERRIDES"):  # ours has none mistyped
+        recipe = given.get("TRAIN_CONFIG", DEFAULT_RECIPE)
+        config.check_keys(recipe, as_overrides(given.get("OVERRIDES", {})))
     for step, own in declared.items():  # before the copies of an earlier run are replaced
         values = {name: ast.literal_eval(parameter["default"]) for name, parameter in own.items()}
         values |= {name: value for name, value in given.items() if name in own}
@@ -123,6 +126,7 @@ def main(arguments: Any) -> int:
 
 def configure(run: Run, train_config: str, corpus: str, overrides: dict[str, Any]) -> None:
     """What notebooks 01 to 03 leave for the training, without them: model, corpus, recipe."""
+    config.check_keys(train_config, overrides)
     model = assets.obtain(config.model_of(train_config, overrides, run.storage), run.storage)
     domain = data.prepare(corpus or config.corpus_of(train_config, overrides), run.storage)
     general = data.prepare("news", run.storage)

@@ -60,6 +60,8 @@ def progress(run: Run, since: float = 0.0) -> tuple[int, int, str]:
     pace = statistics.median(event["seconds"] for event in steps[-5:])
     left = pace * (start["max_steps"] - steps[-1]["step"])
     line = f"loss {steps[-1]['loss']:.3f}, {start['tokens_per_step'] / pace:.0f} tokens/s"
+    if steps[-1].get("mfu"):
+        line += f", {steps[-1]['mfu']:.0%} of the peak"
     if left:
         line += f", {int(left // 60)}:{int(left % 60):02d} of steps left"
     elif last["event"] != "save":

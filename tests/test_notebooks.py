@@ -10,7 +10,7 @@ import papermill
 import pytest
 from papermill.exceptions import PapermillExecutionError
 
-from cpt_helpers.errors import ParameterError, StepError
+from cpt_helpers.errors import ConfigError, ParameterError, StepError
 from cpt_helpers.pipeline import NOTEBOOKS, run_all
 from cpt_helpers.run import STEPS, Run
 
@@ -98,13 +98,22 @@ def test_the_pipeline_refuses_it_before_it_starts(tmp_path: Path) -> None:
     assert not run.folder.exists()
 
 
+def test_a_mistyped_key_stops_it_before_the_first_notebook(tmp_path: Path) -> None:
+    run = Run.open("r", tmp_path)
+    with pytest.raises(ConfigError, match="nearest known: max_steps"):
+        run_all(run, {"OVERRIDES": {"max_step": 3}})
+    with pytest.raises(ConfigError, match=r"the recipe 'cpt_gpus.yaml' does not exist"):
+        run_all(run, {"TRAIN_CONFIG": "cpt_gpus.yaml"})
+    assert not run.folder.exists()
+
+
 def test_a_notebook_that_fails_is_named_in_plain_words(tmp_path: Path) -> None:
     run = Run.open("r", tmp_path)
     with pytest.raises(StepError) as failed:
-        run_all(run, {"TRAIN_CONFIG": "cpt_gpus.yaml"})
+        run_all(run, {"OVERRIDES": {"model_name_or_path": str(tmp_path / "nothing")}})
     message = str(failed.value)
     assert "notebook 01_setup stopped in cell" in message
-    assert "the recipe 'cpt_gpus.yaml' does not exist" in message
+    assert "the model 'nothing' does not exist" in message
     assert "Traceback" not in message
     copy = run.notebooks / "01_setup.ipynb"
     assert str(copy) in message and copy.is_file()

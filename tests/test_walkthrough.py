@@ -82,6 +82,18 @@ def test_it_trained_what_was_planned(walked: Run, results: dict) -> None:
     assert min(e["seconds"] for e in steps) <= rate <= max(e["seconds"] for e in steps)
 
 
+def test_mfu_is_tokens_times_flops_by_the_peak(walked: Run, results: dict) -> None:
+    (start,) = (event for event in walked.events() if event["event"] == "start")
+    peak = sum(rank["peak_flops"] for rank in start["ranks"])
+    assert 1e9 < peak < 1e14, "two CPU cores"
+    steps = [event for event in walked.events() if event["event"] == "step"]
+    for step in steps:
+        flops = step["tokens_per_second"] * start["flops_per_token"]
+        assert step["mfu"] == pytest.approx(flops / peak, abs=2e-4)
+    assert 0 < results["train"]["mfu"] < 1
+    assert results["train"]["peak_memory"] >= max(step["memory"] for step in steps) > 2**28
+
+
 def test_the_logs_show_two_ranks_under_zero_3(walked: Run) -> None:
     said = "\n".join(launch.evidence(walked))
     assert "rank-0" in said and "rank-1" in said and "world size: 2" in said

@@ -1,0 +1,121 @@
+"""What do fewer bits cost? ``make bench-forms``.
+
+Takes an exported model, writes it as W8A16 and W4A16, and measures size, perplexity on the held-out
+text of its domain, and the speed of greedy generation in plain transformers on this machine. Writes
+``benchmarks/results/forms.json`` and ``forms.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PROMPT = "ray.train.torch.TorchTrainer\n\nA Trainer for data parallel PyTorch training."
+
+
+def measure(folder: Path, storage: Path, corpus: str, block: int, new: int) -> dict[str, Any]:
+    """Size, perplexity and speed of one form; in a process of its own, for its memory."""
+    import torch
+
+    from cpt_helpers import data, export, quantize
+
+    model, tokenizer = export.load(folder)
+    if (folder / quantize.NOTE).is_file():
+        from compressed_tensors.quantization import disable_quantization
+
+        # The first pass unpacks the weights; they would be rounded once more in each one after it.
+        model.apply(disable_quantization)
+    texts = data.texts_of(data.load(corpus, storage).heldout)
+    perplexity = export.perplexity(model, tokenizer, texts, block)
+    ids = tokenizer(PROMPT, return_tensors="pt").to(model.device)
+    ids.pop("token_type_ids", None)
+    speeds = []
+    for _ in range(3):  # the first warms up; the fastest counts, others may use the machine too
+        start = time.monotonic()
+        with torch.inference_mode():
+            model.generate(**ids, max_new_tokens=new, min_new_tokens=new, do_sample=False)
+        speeds.append(new / (time.monotonic() - start))
+    return {
+        "bytes": quantize.size_of(folder),
+        "weights": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        "perplexity": round(perplexity, 3),
+        "tokens_per_second": round(max(speeds), 1),
+        "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path, help="an exported folder, full weights")
+    parser.add_argument("--storage", default="", help="where the corpora lie")
+    parser.add_argument("--corpus", default="ray_docs", help="what it was trained on")
+    parser.add_argument("--block", type=int, default=256, help="tokens in a block")
+    parser.add_argument("--samples", type=int, default=128, help="blocks W4A16 is calibrated with")
+    parser.add_argument("--new", type=int, default=64, help="tokens to generate")
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    from cpt_helpers.run import storage_root
+
+    storage = storage_root(given.storage)
+    if given.measure:
+        print(json.dumps(measure(given.measure, storage, given.corpus, given.block, given.new)))
+        return
+    from cpt_helpers import data, environment, quantize
+
+    corpus, rows = data.load(given.corpus, storage), []
+    with tempfile.TemporaryDirectory() as scratch:
+        for form in ("full", *quantize.SCHEMES):
+            folder, start = given.model, time.monotonic()
+            if form != "full":
+                folder = Path(scratch) / form
+                texts = data.texts_of(corpus.train) if form == "W4A16" else None
+                quantize.quantize(
+                    given.model, folder, form, texts, samples=given.samples, block_size=given.block
+                )
+            seconds = round(time.monotonic() - start, 1)
+            again = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--measure", folder]
+            done = subprocess.run(again, check=True, capture_output=True, text=True)
+            rows.append(
+                {"form": form, "seconds": seconds} | json.loads(done.stdout.splitlines()[-1])
+            )
+            print(json.dumps(rows[-1]), flush=True)
+    result = {"date": str(date.today()), "machine": environment.machine(), "rows": rows}
+    result |= {"corpus": given.corpus, "samples": given.samples, "block": given.block}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "forms.json").write_text(json.dumps(result, indent=2) + "\n")
+    (RESULTS / "forms.md").write_text(table(result))
+
+
+def table(result: dict[str, Any]) -> str:
+    first = result["rows"][0]
+    lines = [
+        f"One model in three forms; {result['date']}, {result['machine']}. Perplexity on held-out "
+        f"{result['corpus']}; speed in plain transformers, which unpacks weights to compute: fewer "
+        "bits pay on a GPU, with vLLM's kernels, not here.",
+        "",
+        "| form | weights | perplexity | tokens/s | peak memory, loading included | made in |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        change = row["perplexity"] / first["perplexity"] - 1
+        full = row is first
+        lines.append(
+            f"| {row['form']} | {row['weights'] / 1e6:.0f} MB | {row['perplexity']:.2f}"
+            + ("" if full else f" ({change:+.1%})")
+            + f" | {row['tokens_per_second']:.1f} | {row['peak_memory'] / 2**30:.2f} GiB"
+            + f" | {'' if full else str(row['seconds']) + ' s'} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

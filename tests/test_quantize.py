@@ -1,0 +1,151 @@
+"""Quantized forms of an exported model, loaded by plain transformers in a process of their own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import python
+
+from cpt_helpers import data, export, quantize
+from cpt_helpers.errors import AssetError, ExportError
+from cpt_helpers.quantize import NOTE, SCHEMES
+
+BLOCK = 64
+# How far logits may be from the full model's: the norm of the difference by that of the logits.
+TOLERANCE = {"W8A16": 0.02, "W4A16": 0.25}
+
+LOGITS = """
+import json, sys, torch, transformers
+
+pytestmark = pytest.mark.forms
+ids = torch.tensor([list(range(10, 74))])
+model = transformers.AutoModelForCausalLM.from_pretrained({folder!r}, torch_dtype="auto").eval()
+tokenizer = transformers.AutoTokenizer.from_pretrained({folder!r})
+with torch.no_grad():
+    logits = model(input_ids=ids).logits[0].float()
+    said = model.generate(ids[:, :8], max_new_tokens=4, do_sample=False)
+assert not [name for name in sys.modules if name.startswith("llmcompressor")]
+print(json.dumps({{"logits": logits.tolist(), "said": tokenizer.decode(said[0, 8:])}}))
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(train_tiny, storage: Path) -> Path:
+    return export.export(train_tiny("full").output, storage / "forms" / "export")
+
+
+@pytest.fixture(scope="module")
+def forms(exported: Path, documents: list[str]) -> dict[str, Path]:
+    made = {}
+    for scheme in SCHEMES:
+        made[scheme] = exported.with_name(scheme)
+        texts = documents if scheme == "W4A16" else None
+        size = quantize.quantize(
+            exported, made[scheme], scheme, texts, samples=32, block_size=BLOCK
+        )
+        assert size == quantize.size_of(made[scheme])
+    return made
+
+
+def logits_of(folder: Path):
+    import torch
+
+    return torch.tensor(python(LOGITS.format(folder=str(folder)))["logits"])
+
+
+@pytest.mark.training
+def test_they_say_what_the_full_model_says(exported: Path, forms: dict[str, Path]) -> None:
+    full, off = logits_of(exported), {}
+    for scheme, folder in forms.items():
+        off[scheme] = ((logits_of(folder) - full).norm() / full.norm()).item()
+        assert 0 < off[scheme] < TOLERANCE[scheme], off
+    assert off["W8A16"] < off["W4A16"], "four bits say less than eight"
+
+
+@pytest.mark.training
+def test_perplexity_stays(
+    exported: Path, forms: dict[str, Path], train_tiny, storage: Path, corpus: Path
+) -> None:
+    held_out = list(data.texts_of(data.load(corpus.stem, storage).heldout))
+    found = {}
+    for name, folder in {"full": exported, **forms}.items():
+        model, tokenizer = export.load(folder)
+        found[name] = export.perplexity(model, tokenizer, held_out, BLOCK)
+    assert found["W8A16"] == pytest.approx(found["full"], rel=0.01), found
+    assert found["W4A16"] == pytest.approx(found["full"], rel=0.05), found
+
+
+@pytest.mark.training
+def test_the_folder_is_what_vllm_takes(exported: Path, forms: dict[str, Path]) -> None:
+    sizes = {}
+    for scheme, folder in forms.items():
+        names = {path.name for path in folder.iterdir()}
+        assert {"config.json", "tokenizer.json", "tokenizer_config.json", NOTE} <= names
+        assert {n for n in names if n.endswith((".safetensors", ".bin", ".pt"))} == {
+            "model.safetensors"
+        }
+        said = json.loads((folder / "config.json").read_text())["quantization_config"]
+        assert said["quant_method"] == "compressed-tensors"
+        assert (said["format"], said["ignore"]) == ("pack-quantized", ["lm_head"])
+        (group,) = said["config_groups"].values()
+        assert group["input_activations"] is None
+        weights = group["weights"]
+        assert (weights["num_bits"], weights["type"]) == (int(scheme[1]), "int")
+        assert weights["group_size"] == (64 if scheme == "W4A16" else None)
+        sizes[scheme] = (folder / "model.safetensors").stat().st_size
+    assert sizes["W4A16"] < sizes["W8A16"] < (exported / "model.safetensors").stat().st_size
+    assert not list(exported.parent.glob(".*")), "nothing half-written stays"
+
+
+@pytest.mark.training
+def test_again(exported: Path, forms: dict[str, Path], documents: list[str]) -> None:
+    folder = forms["W4A16"]
+    before = (folder / "model.safetensors").stat()
+    size = quantize.quantize(exported, folder, "W4A16", documents, samples=32, block_size=BLOCK)
+    assert size == quantize.size_of(folder)
+    assert (folder / "model.safetensors").stat() == before, "left alone"
+    for scheme, texts in (("W8A16", None), ("W4A16", documents[50:])):
+        with pytest.raises(ExportError, match="holds something else"):
+            quantize.quantize(exported, folder, scheme, texts, samples=32, block_size=BLOCK)
+    with pytest.raises(ExportError, match="quantized already"):
+        quantize.quantize(folder, folder.with_name("twice"))
+
+
+def test_what_cannot_be_quantized(tiny_gemma3: Path, tmp_path: Path) -> None:
+    target = tmp_path / "q"
+    with pytest.raises(ExportError, match=r"unknown scheme 'W4A8'\n.*W8A16, W4A16"):
+        quantize.quantize(tiny_gemma3, target, "W4A8")
+    with pytest.raises(AssetError, match="is no model folder"):
+        quantize.quantize(tmp_path, target)
+    with pytest.raises(ExportError, match=r"no text to calibrate with\n.*none given"):
+        quantize.quantize(tiny_gemma3, target, "W4A16")
+    with pytest.raises(ExportError, match="less than 256 tokens"):
+        quantize.quantize(tiny_gemma3, target, "W4A16", ["short"])
+    target.mkdir()
+    with pytest.raises(ExportError, match="holds something else"):
+        quantize.quantize(tiny_gemma3, target)
+    assert [path.name for path in tmp_path.iterdir()] == ["q"]
+
+
+def test_widths_that_no_group_divides(tiny_gemma3: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "odd"
+    shutil.copytree(tiny_gemma3, odd)
+    config = json.loads((odd / "config.json").read_text())
+    (odd / "config.json").write_text(json.dumps(config | {"intermediate_size": 72}))
+    with pytest.raises(ExportError, match=r"groups of inputs(.|\n)*widths 72\n(.|\n)*W8A16"):
+        quantize.quantize(odd, tmp_path / "q", "W4A16", ["text"])
+
+
+@pytest.mark.parametrize(
+    ("widths", "group"),
+    [((576, 1536), 64), ((2560, 10240, 2048), 128), ((96, 64), 32)],  # SmolLM2-135M, Gemma-3-4B
+)
+def test_the_group_is_the_largest_that_fits(widths: tuple[int, ...], group: int) -> None:
+    from torch import nn
+
+    layers = {f"l{i}": nn.Linear(width, 8, device="meta") for i, width in enumerate(widths)}
+    layers["lm_head"] = nn.Linear(7, 8, device="meta")  # is not quantized
+    assert quantize.group_size(nn.ModuleDict(layers)) == group
