@@ -227,9 +227,7 @@ class _Mirror:
     """A run in MLflow, and what of it has been sent."""
 
     def __init__(self, run: Run, args: dict[str, Any], uri: str) -> None:
-        from mlflow import MlflowClient
-
-        self.run, self.args, self.client = run, args, MlflowClient(uri)
+        self.run, self.args, self.client = run, args, _client(uri)
         self.failed = False
         found = _find(self.client, run)
         if found is None:
@@ -309,11 +307,9 @@ def add_export(run: Run, args: dict[str, Any], exported: dict[str, Any]) -> None
     """
     if "mlflow" not in str(args.get("report_to")):
         return
-    from mlflow import MlflowClient
-
     uri = worker_environment(run, args)["MLFLOW_TRACKING_URI"]
     try:
-        client = MlflowClient(uri)
+        client = _client(uri)
         found = _find(client, run)
     except Exception as error:
         raise _no_answer(uri, error) from None
@@ -334,6 +330,17 @@ def _metrics(event: dict[str, Any]) -> dict[str, float]:
             figures["memory_gib"] = event["memory"] / 2**30
         return figures | {"seconds_per_step": event["seconds"]}
     return {}
+
+
+def _client(uri: str) -> Any:
+    """MLflow's client for a store; the process's own URI is set to it too.
+
+    MLflow 3.4.0 looks for a run's artifacts by the process's URI, whatever the client's is.
+    """
+    import mlflow
+
+    mlflow.set_tracking_uri(uri)
+    return mlflow.MlflowClient(uri)
 
 
 def _find(client: Any, run: Run) -> Any | None:
@@ -359,9 +366,7 @@ def recorded(run: Run, uri: str) -> dict[str, Any]:
     Raises:
         TrackingError: There is none.
     """
-    from mlflow import MlflowClient
-
-    found = _find(MlflowClient(uri), run)
+    found = _find(_client(uri), run)
     if found is None:
         raise _unknown_run(run, uri)
     return {
@@ -403,12 +408,11 @@ def register(
     """
     if "mlflow" not in str(args.get("report_to")):
         return None
-    from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
     uri, name = worker_environment(run, args)["MLFLOW_TRACKING_URI"], name or run.name
     tags = _lineage(run, args, exported)
-    client = MlflowClient(uri)
+    client = _client(uri)
     try:
         found = _find(client, run)
         if found is None:
@@ -443,10 +447,8 @@ def registered(uri: str, name: str, version: int | None = None) -> tuple[Path, d
         TrackingError: MLflow does not answer, knows no such model, or the folder does not hold
             these weights any more.
     """
-    from mlflow import MlflowClient
-
     try:
-        found = MlflowClient(uri).search_model_versions(f"name = '{name}'")
+        found = _client(uri).search_model_versions(f"name = '{name}'")
     except Exception as error:
         raise _no_answer(uri, error) from None
     versions = {int(one.version): one for one in found if "cpt.path" in one.tags}

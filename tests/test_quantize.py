@@ -13,6 +13,7 @@ from cpt_helpers import data, export, quantize
 from cpt_helpers.errors import AssetError, ExportError
 from cpt_helpers.quantize import NOTE, SCHEMES
 
+pytestmark = pytest.mark.forms
 BLOCK = 64
 # How far logits may be from the full model's: the norm of the difference by that of the logits.
 TOLERANCE = {"W8A16": 0.02, "W4A16": 0.25}
@@ -20,7 +21,6 @@ TOLERANCE = {"W8A16": 0.02, "W4A16": 0.25}
 LOGITS = """
 import json, sys, torch, transformers
 
-pytestmark = pytest.mark.forms
 ids = torch.tensor([list(range(10, 74))])
 model = transformers.AutoModelForCausalLM.from_pretrained({folder!r}, torch_dtype="auto").eval()
 tokenizer = transformers.AutoTokenizer.from_pretrained({folder!r})

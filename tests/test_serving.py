@@ -24,6 +24,7 @@ from cpt_helpers import assets, config, data, export, quantize, serving, trackin
 from cpt_helpers.errors import ExportError, TrackingError
 from cpt_helpers.run import PROJECT, Run
 
+pytestmark = pytest.mark.forms
 CONFIGS = PROJECT / "serving-configs"
 BIN = Path(sys.executable).parent
 PROMPT = "The number of workers of a cluster is"
@@ -166,8 +167,6 @@ READ = """
 import json
 from ray.llm._internal.serve.configs.server_models import LLMServingArgs
 from ray.serve.schema import ServeDeploySchema
-
-pytestmark = pytest.mark.forms
 
 found = {{}}
 for name, given in json.loads({text!r}).items():

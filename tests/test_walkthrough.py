@@ -337,9 +337,9 @@ def test_two_nodes_end_in_the_same_weights(walked: Run, spread: Run) -> None:
 
 
 def test_a_tracking_server_has_everything(spread: Run, server: str, tmp_path: Path) -> None:
-    from mlflow import MlflowClient
+    import mlflow
 
-    client = MlflowClient(server)
+    client = mlflow.MlflowClient(server)
     experiment = client.get_experiment_by_name("cpt")
     (found,) = client.search_runs([experiment.experiment_id])
     assert (found.info.run_name, found.info.status) == ("spread", "FINISHED")
@@ -350,9 +350,11 @@ def test_a_tracking_server_has_everything(spread: Run, server: str, tmp_path: Pa
         assert all(m.value > 0 for m in values if key != "learning_rate"), key
     assert found.data.params["max_steps"] == str(STEPS_TAKEN)
     exported = {"path": str(tmp_path), "dtype": "float32"}
+    mlflow.set_tracking_uri(f"sqlite:///{spread.mlflow_db}")  # as another run of this kernel may
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", server)
         tracking.add_export(spread, config.load(spread), exported)
+        mlflow.set_tracking_uri(server)
     where = Path(client.download_artifacts(found.info.run_id, "", str(tmp_path)))
     names = {str(path.relative_to(where)) for path in where.rglob("*") if path.is_file()}
     assert {"figures/training.png", "config/train.yaml", "export.json"} <= names
