@@ -28,6 +28,7 @@ from . import (
 )
 from .errors import CptError, Interrupted, TrainingError
 from .run import Run
+from .variables import variables_for_workers
 
 RETRIES = 3  # restarts after a failure, by default
 
@@ -188,7 +189,7 @@ def _fit(
         ),
     )
     try:
-        with _quiet(), tracking.variables_for_workers(run, args):
+        with _quiet(), variables_for_workers(run, args):
             trainer.fit()
     except KeyboardInterrupt:
         _stop_workers(run, attempts.began[0])

@@ -23,7 +23,7 @@ from . import checkpoints, resharding, throughput
 from .config import global_batch, held_out_of
 from .run import Run
 from .streams import redirected
-from .tracking import take_variables
+from .variables import take_variables
 
 # Optional packages that the libraries import where they find them and that no step needs: the
 # driver reports to MLflow, and nothing here is scored with scikit-learn. Seconds of every start.

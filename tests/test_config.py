@@ -183,7 +183,7 @@ def test_what_cannot_work_is_refused(resolve, overrides: dict, message: str) -> 
 
 def test_a_token_where_guides_put_it_is_taken_out(resolve, monkeypatch) -> None:
     """And handed to the workers by memory, where it was a real one."""
-    from cpt_helpers import tracking
+    from cpt_helpers.variables import worker_environment
 
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "mine")
@@ -193,7 +193,7 @@ def test_a_token_where_guides_put_it_is_taken_out(resolve, monkeypatch) -> None:
     kept = {"runtime_env": {"env_vars": {"HF_HUB_ENABLE_HF_TRANSFER": "1"}}}
     assert resolved.args["ray_init_kwargs"] == kept
     assert "canary" not in str(resolved.args) + str(resolved.changes)
-    handed = tracking.worker_environment(Run("r", Path("/s")), resolved.args)
+    handed = worker_environment(Run("r", Path("/s")), resolved.args)
     assert handed["HF_TOKEN"] == "hf_canary_0123456789"
     assert handed["MLFLOW_TRACKING_TOKEN"] == "mine"
     monkeypatch.delenv("HF_TOKEN")

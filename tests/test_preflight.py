@@ -16,7 +16,7 @@ import yaml
 from conftest import python
 from nodes import Node, can_hide, cluster, free_port
 
-from cpt_helpers import config, data, environment, preflight, tracking
+from cpt_helpers import config, data, environment, preflight, variables
 from cpt_helpers.__main__ import main
 from cpt_helpers.errors import (
     AssetError,
@@ -348,7 +348,7 @@ def test_tracking_servers(run: Run, args: dict, hub: str, monkeypatch: pytest.Mo
         preflight.server(run, reporting)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "/Users/someone/cpt")
     assert "Databricks" in preflight.server(run, reporting)
-    assert tracking.worker_environment(run, reporting)["DATABRICKS_TOKEN"] == "t"
+    assert variables.worker_environment(run, reporting)["DATABRICKS_TOKEN"] == "t"
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

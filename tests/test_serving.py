@@ -20,7 +20,7 @@ import yaml
 from conftest import python
 from nodes import free_port
 
-from cpt_helpers import assets, config, data, export, quantize, serving, tracking
+from cpt_helpers import assets, config, data, export, model_registry, quantize, serving, tracking
 from cpt_helpers.errors import ExportError, TrackingError
 from cpt_helpers.run import PROJECT, Run
 
@@ -244,18 +244,18 @@ def test_a_registered_model_is_found_and_asked(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     args = config.load(run) | {"report_to": "mlflow"}
     known = {"path": str(exported), "perplexity": {"domain": 12.5}}
-    assert tracking.register(run, args | {"report_to": "none"}, known) is None
+    assert model_registry.register(run, args | {"report_to": "none"}, known) is None
     assert not (tmp_path / "mlflow.db").exists(), "report_to: none asks nothing of MLflow"
     tracking.catch_up(run, args)  # as the training leaves it in MLflow
     tracking.add_export(run, args, known)
 
-    first = tracking.register(run, args, known, "tiny")
-    assert (first, tracking.register(run, args, known, "tiny")) == (1, 1), "made once"
+    first = model_registry.register(run, args, known, "tiny")
+    assert (first, model_registry.register(run, args, known, "tiny")) == (1, 1), "made once"
     other = tmp_path / "other"
     shutil.copytree(exported, other)
-    assert tracking.register(run, args, known | {"path": str(other)}, "tiny") == 2
-    assert tracking.registered(uri, "tiny")[0] == other, "the newest"
-    folder, tags = tracking.registered(uri, "tiny", 1)
+    assert model_registry.register(run, args, known | {"path": str(other)}, "tiny") == 2
+    assert model_registry.registered(uri, "tiny")[0] == other, "the newest"
+    folder, tags = model_registry.registered(uri, "tiny", 1)
     assert folder == exported
     said = {key.removeprefix("cpt."): value for key, value in tags.items()}
     assert said["perplexity.domain"] == "12.5" and said["base_model"] == args["model_name_or_path"]
@@ -266,8 +266,8 @@ def test_a_registered_model_is_found_and_asked(
 
     (other / "model.safetensors").write_bytes(b"other weights")
     with pytest.raises(TrackingError, match="'tiny' version 2 is not what was registered"):
-        tracking.registered(uri, "tiny")
+        model_registry.registered(uri, "tiny")
     with pytest.raises(TrackingError, match=r"no model 'tiny', version 9(.|\n)*\[1, 2\]"):
-        tracking.registered(uri, "tiny", 9)
+        model_registry.registered(uri, "tiny", 9)
     with pytest.raises(TrackingError, match="no model 'nothing'"):
-        tracking.registered(uri, "nothing")
+        model_registry.registered(uri, "nothing")
