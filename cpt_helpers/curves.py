@@ -1,4 +1,4 @@
-"""A run's curves: losses, perplexities, and where its time went."""
+"""A run's curves: losses, perplexities, where its time went and what it cost."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .run import Run
 
@@ -96,6 +96,32 @@ def time_spent(run: Run) -> dict[str, float]:
         parts["final save"] = events[-1]["time"] - events[-2]["time"]
     rest = events[-1]["time"] - launched - sum(parts.values())
     return {what: round(seconds, 1) for what, seconds in (parts | {"other": max(rest, 0)}).items()}
+
+
+def costs(run: Run) -> dict[str, Any]:
+    """What a training came to, from its events: what they do not tell is left out."""
+    events = run.events()
+    steps = [event for event in events if event["event"] == "step"]
+    starts = [event for event in events if event["event"] == "start"]
+    if not steps or not starts:
+        return {}
+    tokens = starts[-1]["tokens_per_step"]
+    memory = [event["memory"] for event in steps if event.get("memory")]
+    memory += events[-1].get("memory") or []
+    mfu = [event["mfu"] for event in steps if event.get("mfu")]
+    found = {
+        "steps": steps[-1]["step"],
+        "tokens": steps[-1]["step"] * tokens,
+        "seconds": round(events[-1]["time"] - events[0]["time"], 1),
+        "tokens_per_second": round(tokens / statistics.median(s["seconds"] for s in steps), 1),
+        "workers": starts[-1]["world_size"],
+        "trained_parameters": starts[-1]["parameters"]["trained"],
+    }
+    if memory:
+        found["peak_memory"] = max(memory)
+    if mfu:
+        found["mfu"] = round(statistics.median(mfu), 4)
+    return found
 
 
 def save_figure(run: Run, figure: Figure, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""Did it help, and what did it cost? Losses of single documents, before and after, with intervals.
+"""Losses of single documents, before and after, with intervals.
 
 Each document is measured on its own, so that documents can be counted, compared and drawn again.
 lm-eval has no part in it: its ``loglikelihood_rolling`` gives sums over all documents, and its

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from cpt_helpers import assets, cloze, data, evaluation, export, report
+from cpt_helpers import assessment, assets, cloze, curves, data, evaluation, export, report
 from cpt_helpers.cloze import Cloze, Item
 from cpt_helpers.errors import DataError
 from cpt_helpers.evaluation import Document, Losses
@@ -315,8 +315,8 @@ def events() -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def measured(run: Run) -> report.Measured:
-    return report.measure(run, others=["reviews"], items=20)
+def measured(run: Run) -> assessment.Measured:
+    return assessment.measure(run, others=["reviews"], items=20)
 
 
 class Page(HTMLParser):
@@ -343,7 +343,7 @@ class Page(HTMLParser):
         self.text += text
 
 
-def test_the_report(run: Run, measured: report.Measured, tiny_gemma3: Path) -> None:
+def test_the_report(run: Run, measured: assessment.Measured, tiny_gemma3: Path) -> None:
     path = report.write(run, measured)
     assert path == run.folder / "report.html"
     source = path.read_text("utf-8")
@@ -369,14 +369,14 @@ def test_the_report(run: Run, measured: report.Measured, tiny_gemma3: Path) -> N
     assert not list(run.folder.glob(".report*"))
 
 
-def test_what_was_measured(run: Run, measured: report.Measured) -> None:
+def test_what_was_measured(run: Run, measured: assessment.Measured) -> None:
     found = json.loads(json.dumps(measured.as_dict()))
     assert list(found["corpora"]) == ["domain", "general", "reviews"]
     assert found["corpora"]["domain"]["verdict"] == "better"
     assert found["corpora"]["reviews"]["verdict"] == "cannot be told"
     assert found["cloze"]["items"] == 20 and found["cloze"]["verdict"] == "better"
     assert measured.continued[0].before != measured.continued[0].after
-    assert report.measure(run, others=["reviews"], items=20).as_dict() == found | {
+    assert assessment.measure(run, others=["reviews"], items=20).as_dict() == found | {
         "seconds": pytest.approx(found["seconds"], abs=60)
     }
 
@@ -385,20 +385,20 @@ def test_a_report_without_a_cloze_test_or_events(run: Run, measured, tmp_path: P
     bare = Run.open("bare", tmp_path)
     bare.config_dir.mkdir(parents=True)
     bare.train_yaml.write_text(run.train_yaml.read_text())
-    less = report.Measured("b", measured.comparisons, None, "0 items can be made", (), 1.0)
+    less = assessment.Measured("b", measured.comparisons, None, "0 items can be made", (), 1.0)
     page = Page(report.write(bare, less).read_text("utf-8"))
     assert "None: 0 items can be made." in page.text and len(page.loads) == 1
     assert "What it cost" not in page.text
 
 
 def test_a_beginning_keeps_its_lines() -> None:
-    assert report.beginning("a.b\n\nOne two three", 3) == "a.b\n\nOne two"
-    assert report.beginning("one", 3) == "one"
+    assert assessment.beginning("a.b\n\nOne two three", 3) == "a.b\n\nOne two"
+    assert assessment.beginning("one", 3) == "one"
 
 
 def test_old_events_tell_less(tmp_path: Path) -> None:
     """Runs of before memory and MFU were recorded."""
     kept = [{k: v for k, v in e.items() if k not in ("memory", "mfu")} for e in events()]
-    found = report.costs(SimpleNamespace(events=lambda: kept))
+    found = curves.costs(SimpleNamespace(events=lambda: kept))
     assert found["tokens"] == 4096 and not {"mfu", "peak_memory"} & set(found)
-    assert report.costs(SimpleNamespace(events=list)) == {}
+    assert curves.costs(SimpleNamespace(events=list)) == {}
