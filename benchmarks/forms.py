@@ -26,16 +26,16 @@ def measure(folder: Path, storage: Path, corpus: str, block: int, new: int) -> d
     """Size, perplexity and speed of one form; in a process of its own, for its memory."""
     import torch
 
-    from cpt_helpers import data, export, quantize
+    from cpt_helpers import data, models, quantize
 
-    model, tokenizer = export.load(folder)
+    model, tokenizer = models.load(folder)
     if (folder / quantize.NOTE).is_file():
         from compressed_tensors.quantization import disable_quantization
 
         # The first pass unpacks the weights; they would be rounded once more in each one after it.
         model.apply(disable_quantization)
     texts = data.texts_of(data.load(corpus, storage).heldout)
-    perplexity = export.perplexity(model, tokenizer, texts, block)
+    perplexity = models.perplexity(model, tokenizer, texts, block)
     ids = tokenizer(PROMPT, return_tensors="pt").to(model.device)
     ids.pop("token_type_ids", None)
     speeds = []

@@ -43,10 +43,10 @@ def _text(path: Path) -> str:
 
 
 def measure(folder: Path | str, sets: dict[str, list[str]], block: int) -> dict[str, float]:
-    from cpt_helpers import export
+    from cpt_helpers import models
 
-    model, tokenizer = export.load(folder, dtype="float32")
-    return {n: round(export.perplexity(model, tokenizer, t, block), 3) for n, t in sets.items()}
+    model, tokenizer = models.load(folder, dtype="float32")
+    return {n: round(models.perplexity(model, tokenizer, t, block), 3) for n, t in sets.items()}
 
 
 def trained(share: float, storage: Path, steps: int | None) -> tuple[Path, dict[str, Any]]:

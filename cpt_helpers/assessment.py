@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import cloze, config, data, evaluation, export
+from . import cloze, config, data, evaluation, models
 from .cloze import Outcome
 from .errors import ConfigError, DataError
 from .evaluation import Comparison
@@ -154,7 +154,7 @@ def _ask(
 
     # Both in one precision; CPUs without bf16 instructions are eight times slower in it.
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-    model, tokenizer = export.load(folder, dtype=dtype)
+    model, tokenizer = models.load(folder, dtype=dtype)
     losses = evaluation.measure(model, tokenizer, texts, block_size)
     picks = cloze.answer(model, tokenizer, test) if test else ()
-    return losses, picks, [export.continuation(model, tokenizer, prompt) for prompt in prompts]
+    return losses, picks, [models.continuation(model, tokenizer, prompt) for prompt in prompts]

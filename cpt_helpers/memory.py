@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from .models import config_of
 from .planning import ModelSize, model_size
 from .streams import hushed
 
@@ -134,8 +135,6 @@ class Shape:
 def shape_of(args: dict[str, Any], config: Any = None) -> Shape:
     """A recipe's model; its configuration is read where none is given."""
     if config is None:
-        from .export import config_of
-
         config = config_of(args["model_name_or_path"])
     with hushed():
         size = model_size(config, str(args["model_name_or_path"]), args)

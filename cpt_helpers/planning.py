@@ -7,6 +7,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from . import models
 from .errors import ConfigError
 from .streams import hushed
 
@@ -151,14 +152,7 @@ def model_size(config: Any, name: str, args: dict[str, Any] | None = None) -> Mo
         name: What to call it.
         args: The recipe that says which of them are trained.
     """
-    import torch
-    import transformers
-
-    auto = transformers.AutoModelForCausalLM
-    if hasattr(config, "vision_config"):
-        auto = transformers.AutoModelForImageTextToText
-    with torch.device("meta"):
-        model = auto.from_config(config)
+    model = models.empty(config)
     model.tie_weights()
     largest = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
     every = sum(p.numel() for p in model.parameters())

@@ -14,14 +14,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from . import assets
 from .errors import ExportError, nearest
-from .export import config_of, load
+from .models import config_of, copy_processor, empty, load
 from .packing import in_one_piece, pack
 from .streams import hushed
 
@@ -116,9 +115,6 @@ def group_size(model: Any) -> int:
 
 def _group_of(exported: Path, scheme: str) -> int | None:
     """The group size, from the configuration alone; also sees whether this is a full model."""
-    import torch
-    import transformers
-
     config = config_of(exported)
     if getattr(config, "quantization_config", None):
         raise ExportError(
@@ -129,11 +125,7 @@ def _group_of(exported: Path, scheme: str) -> int | None:
         )
     if scheme == "W8A16":
         return None
-    auto = transformers.AutoModelForCausalLM
-    if hasattr(config, "vision_config"):
-        auto = transformers.AutoModelForImageTextToText
-    with torch.device("meta"):
-        return group_size(auto.from_config(config))
+    return group_size(empty(config))
 
 
 def _quantized(model: Any) -> dict[str, Any]:
@@ -194,9 +186,7 @@ def _write(exported: Path, target: Path, made_from: dict[str, Any], blocks: list
             _compress(model, tokenizer, made_from["scheme"], made_from["group_size"], blocks)
             model.save_pretrained(new, save_compressed=True, safe_serialization=True)
         tokenizer.save_pretrained(new)
-        for name in ("preprocessor_config.json", "processor_config.json"):
-            if (exported / name).is_file():  # multimodal models need theirs to be served
-                shutil.copy(exported / name, new / name)
+        copy_processor(exported, new)
         (new / NOTE).write_text(json.dumps(made_from, indent=2) + "\n", "utf-8")
     return size_of(target)
 

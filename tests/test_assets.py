@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cpt_helpers import assets, data, export, packing
+from cpt_helpers import assets, data, models, packing
 from cpt_helpers.errors import AssetError
 
 
@@ -71,10 +71,10 @@ def test_unknown_models(tmp_path: Path) -> None:
 def test_a_model_the_hub_does_not_give(tmp_path: Path) -> None:
     started = time.monotonic()
     with pytest.raises(AssetError, match=r"the hub .* the model no-such-org/no-such-model"):
-        export.config_of("no-such-org/no-such-model")
+        models.config_of("no-such-org/no-such-model")
     (tmp_path / "empty").mkdir()
     with pytest.raises(AssetError, match="no model folder"):
-        export.config_of(tmp_path / "empty")
+        models.config_of(tmp_path / "empty")
     with pytest.raises(AssetError, match="tokenizer of"):
         assets.tokenizer_of(str(tmp_path / "empty"))
     assert time.monotonic() - started < 20

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import python
 
-from cpt_helpers import card, checkpoints, config, data, environment, export
+from cpt_helpers import card, checkpoints, config, data, environment, export, models
 from cpt_helpers.errors import AssetError, CheckpointError, CptError, ExportError, StorageError
 from cpt_helpers.packing import pack
 from cpt_helpers.run import Run
@@ -102,7 +102,7 @@ def test_merged_it_answers_as_base_and_adapter(exports, documents: list[str]) ->
     _, _, adapter = exports("lora", "adapter")
     said = []
     for folder in (merged, adapter, checkpoint):
-        model, tokenizer = export.load(folder, dtype="float32")
+        model, tokenizer = models.load(folder, dtype="float32")
         ids = tokenizer(documents[0], return_tensors="pt").input_ids[:, :64]
         with torch.inference_mode():
             said.append(model(input_ids=ids.to(model.device)).logits.float())
@@ -119,7 +119,7 @@ def test_only_what_is_needed_is_in_it(exports, tiny_gemma3: Path, kind: str, for
         assert names - {"chat_template.jinja"} == tokenizer | {
             "adapter_config.json", "adapter_model.safetensors", "export.json",
         }  # fmt: skip
-        assert export.base_of(folder) == str(tiny_gemma3)
+        assert models.base_of(folder) == str(tiny_gemma3)
     else:
         assert names - {"chat_template.jinja"} == tokenizer | {
             "config.json", "generation_config.json", "model.safetensors", "export.json",
@@ -145,7 +145,8 @@ def test_frozen_layers_are_the_bases(exports, tiny_gemma3: Path) -> None:
 @pytest.mark.parametrize(("kind", "form"), FORMS)
 def test_bfloat16_is_half_the_size(exports, kind: str, form: str) -> None:
     full, half = (exports(kind, form, dtype)[2] for dtype in ("float32", "bfloat16"))
-    assert (export.dtype_of(full), export.dtype_of(half)) == ("float32", "bfloat16")
+    for folder, dtype in ((full, "F32"), (half, "BF16")):
+        assert {kind for _, kind in models.shapes_of(folder).values()} == {dtype}
     sizes = [sum(w.nbytes for w in weights_of(folder).values()) for folder in (full, half)]
     assert sizes[0] == 2 * sizes[1]
     if form == "merged":
@@ -250,7 +251,7 @@ def test_an_adapter_needs_its_own_base(
         on(base)
         refused(ExportError, f"of another model than '{base}'", adapter, target, form=form)
         with pytest.raises(ExportError, match="of another model"):
-            export.load(adapter)
+            models.load(adapter)
 
 
 def test_the_same_export_again_is_left_alone(exports) -> None:

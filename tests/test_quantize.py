@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import python
 
-from cpt_helpers import data, export, quantize
+from cpt_helpers import data, export, models, quantize
 from cpt_helpers.errors import AssetError, ExportError
 from cpt_helpers.quantize import NOTE, SCHEMES
 
@@ -72,8 +72,8 @@ def test_perplexity_stays(
     held_out = list(data.texts_of(data.load(corpus.stem, storage).heldout))
     found = {}
     for name, folder in {"full": exported, **forms}.items():
-        model, tokenizer = export.load(folder)
-        found[name] = export.perplexity(model, tokenizer, held_out, BLOCK)
+        model, tokenizer = models.load(folder)
+        found[name] = models.perplexity(model, tokenizer, held_out, BLOCK)
     assert found["W8A16"] == pytest.approx(found["full"], rel=0.01), found
     assert found["W4A16"] == pytest.approx(found["full"], rel=0.05), found
 

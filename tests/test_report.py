@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from cpt_helpers import assessment, assets, cloze, curves, data, evaluation, export, report
+from cpt_helpers import assessment, assets, cloze, curves, data, evaluation, models, report
 from cpt_helpers.cloze import Cloze, Item
 from cpt_helpers.errors import DataError
 from cpt_helpers.evaluation import Document, Losses
@@ -38,7 +38,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def tiny(tiny_gemma3: Path) -> tuple:
-    return export.load(tiny_gemma3, dtype="float32")
+    return models.load(tiny_gemma3, dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def taught(tiny_gemma3: Path, held_out: list[str], tmp_path_factory) -> Path:
     """The tiny model after it has learnt those documents by heart."""
     import torch
 
-    model, tokenizer = export.load(tiny_gemma3, dtype="float32")
+    model, tokenizer = models.load(tiny_gemma3, dtype="float32")
     rows = []
     for text in held_out:
         ids = [tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
@@ -242,7 +242,7 @@ def test_too_few_items() -> None:
 def test_who_knows_the_answers_scores_higher(tiny: tuple, taught: Path, held_out) -> None:
     test = cloze.make(held_out, most=60)
     before = cloze.answer(*tiny, test)
-    after = cloze.answer(*export.load(taught, dtype="float32"), test)
+    after = cloze.answer(*models.load(taught, dtype="float32"), test)
     found = cloze.compare(test, before, after)
     low, high = cloze.wilson(test, before)
     assert low <= 0.25 <= high, "a random model guesses"

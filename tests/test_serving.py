@@ -20,7 +20,17 @@ import yaml
 from conftest import python
 from nodes import free_port
 
-from cpt_helpers import assets, config, data, export, model_registry, quantize, serving, tracking
+from cpt_helpers import (
+    assets,
+    config,
+    data,
+    export,
+    model_registry,
+    models,
+    quantize,
+    serving,
+    tracking,
+)
 from cpt_helpers.errors import ExportError, TrackingError
 from cpt_helpers.run import PROJECT, Run
 
@@ -63,7 +73,7 @@ def greedily(folder: Path, prompt: str, new: int) -> str:
     """What the model adds, by plain transformers."""
     import torch
 
-    model, tokenizer = export.load(folder)
+    model, tokenizer = models.load(folder)
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
     with torch.inference_mode():
         said = model.generate(ids, max_new_tokens=new, do_sample=False)
@@ -122,7 +132,7 @@ def test_adapters_on_one_base(
     with pytest.raises(ExportError, match="holds something else"):
         serving.layout({"other": adapters["source"].output}, target)
 
-    base, tokenizer = export.load(tiny_gemma3)
+    base, tokenizer = models.load(tiny_gemma3)
     first, *others = adapters
     model = PeftModel.from_pretrained(base, target / first, adapter_name=first)
     for name in others:
@@ -132,7 +142,7 @@ def test_adapters_on_one_base(
         held_out = list(data.texts_of(data.load(text, storage).heldout))
         for name in adapters:
             model.set_adapter(name)
-            found[text, name] = export.perplexity(model.eval(), tokenizer, held_out, 64)
+            found[text, name] = models.perplexity(model.eval(), tokenizer, held_out, 64)
     # A few steps of a random model: one may be better on both, but more so on its own.
     on = {t: found[t, "handbook"] / found[t, "source"] for t in ("handbook", "source")}
     assert on["handbook"] < 0.995 * on["source"], found
@@ -261,8 +271,8 @@ def test_a_registered_model_is_found_and_asked(
     assert said["perplexity.domain"] == "12.5" and said["base_model"] == args["model_name_or_path"]
     assert said["data"] == "handbook" and len(said["data.handbook.sha256"]) == 64
     assert said["run"] == run.name and said["code"] and said["recipe"]
-    model, tokenizer = export.load(folder)
-    assert export.continuation(model, tokenizer, PROMPT, new_tokens=8)
+    model, tokenizer = models.load(folder)
+    assert models.continuation(model, tokenizer, PROMPT, new_tokens=8)
 
     (other / "model.safetensors").write_bytes(b"other weights")
     with pytest.raises(TrackingError, match="'tiny' version 2 is not what was registered"):

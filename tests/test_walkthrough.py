@@ -19,7 +19,7 @@ import pytest
 import yaml
 from nodes import Node, can_hide, cluster, free_port
 
-from cpt_helpers import assets, checkpoints, config, data, export, launch, pipeline, tracking
+from cpt_helpers import assets, checkpoints, config, data, launch, models, pipeline, tracking
 from cpt_helpers.errors import RunExistsError, TrainingError
 from cpt_helpers.run import PROJECT, STEPS, Run, begin
 
@@ -126,8 +126,8 @@ def test_perplexity_is_what_plain_transformers_measures(
     for role, name in (("domain", "handbook"), ("general", "news")):
         texts = list(data.texts_of(data.load(name, walked.storage).heldout))
         for when, folder in (("before", tiny_gemma3), ("after", walked.export)):
-            model, tokenizer = export.load(folder, dtype="float32")
-            again = export.perplexity(model, tokenizer, texts, BLOCK)
+            model, tokenizer = models.load(folder, dtype="float32")
+            again = models.perplexity(model, tokenizer, texts, BLOCK)
             assert results["perplexity"][role][when] == pytest.approx(again, rel=1e-3), (role, when)
     domain = results["perplexity"]["domain"]
     assert domain["after"] < 0.8 * domain["before"]
