@@ -20,7 +20,7 @@ from typing import Any
 
 from . import assets
 from .errors import ExportError, nearest
-from .models import config_of, copy_processor, empty, load
+from .models import ADAPTER, config_of, copy_processor, empty, load
 from .packing import in_one_piece, pack
 from .streams import hushed
 
@@ -55,7 +55,8 @@ def quantize(
 
     Raises:
         ExportError: The scheme is unknown, W4A16 has too little text or no group size that fits,
-            the model is quantized already, or the target holds something else.
+            the folder holds an adapter, the model is quantized already, or the target holds
+            something else.
         AssetError: ``exported`` is no model folder.
     """
     if scheme not in SCHEMES:
@@ -115,6 +116,13 @@ def group_size(model: Any) -> int:
 
 def _group_of(exported: Path, scheme: str) -> int | None:
     """The group size, from the configuration alone; also sees whether this is a full model."""
+    if (exported / ADAPTER).is_file():
+        raise ExportError(
+            "an adapter cannot be quantized: it is what LoRA trained, without its base's weights",
+            where=exported / ADAPTER,
+            expected="full weights, as notebook 06_export writes them",
+            do='export the checkpoint with FORM = "merged" first, and give that folder',
+        )
     config = config_of(exported)
     if getattr(config, "quantization_config", None):
         raise ExportError(

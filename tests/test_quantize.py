@@ -130,6 +130,19 @@ def test_what_cannot_be_quantized(tiny_gemma3: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["q"]
 
 
+def test_an_adapter_is_merged_first(tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "/models/base"}')
+    for scheme in SCHEMES:
+        with pytest.raises(ExportError, match="an adapter cannot be quantized") as refused:
+            quantize.quantize(adapter, tmp_path / "q", scheme, ["text"])
+        assert refused.value.where == str(adapter / "adapter_config.json")
+        assert refused.value.expected.startswith("full weights")
+        assert 'FORM = "merged" first' in refused.value.do
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
 def test_widths_that_no_group_divides(tiny_gemma3: Path, tmp_path: Path) -> None:
     odd = tmp_path / "odd"
     shutil.copytree(tiny_gemma3, odd)
