@@ -13,7 +13,8 @@ from typing import Any
 
 from . import assets, config, data, environment, launch, mixing, show
 from .errors import ParameterError, RunExistsError, StepError
-from .run import PROJECT, STEPS, Run, as_overrides, defining_parameters, refuse_other_settings
+from .notebook import as_overrides, defining_parameters, refuse_other_settings
+from .run import PROJECT, STEPS, Run
 
 DEFAULT_RECIPE = "cpt_cpu.yaml"
 NOTEBOOKS = PROJECT / "notebooks"

@@ -10,9 +10,10 @@ from . import assets, config, environment, forecast, launch, pipeline, planning,
 from . import sources as corpora
 from .errors import ConfigError, CptError, DataError
 from .forecast import USABLE
+from .notebook import as_overrides
 from .preflight import Finding
 from .registry import HELD_OUT
-from .run import Run, as_overrides
+from .run import Run
 
 PROBE = {"save_strategy": "no", "eval_strategy": "no", "eval_on_start": False, "report_to": "none"}
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cpt_helpers import environment, run
+from cpt_helpers import environment, notebook, run
 from cpt_helpers.errors import (
     ParameterError,
     RunExistsError,
@@ -56,13 +56,13 @@ def test_too_little_room(tmp_path: Path) -> None:
 def test_a_step_records_and_the_next_one_needs_it(tmp_path: Path) -> None:
     given = {"RUN_NAME": "r", "STORAGE": str(tmp_path)}
     with pytest.raises(StepError, match="01_setup has not been run"):
-        run.begin("02_data", needs="01_setup", **given)
-    first = run.begin("01_setup", **given)
+        notebook.begin("02_data", needs="01_setup", **given)
+    first = notebook.begin("01_setup", **given)
     with pytest.raises(StepError, match="did not come to what it promised: the sky is green"):
         first.finish({"a": 1}, {"the sky is blue": True, "the sky is green": False})
     assert not first.run.step_json("01_setup").exists(), "a broken step was recorded"
     first.finish({"model": {"path": "p"}}, {"the sky is blue": True})
-    second = run.begin("02_data", needs="01_setup", **given)
+    second = notebook.begin("02_data", needs="01_setup", **given)
     second.finish({"model": {"size": 2}}, {})
     results = json.loads(second.run.results_json.read_text())
     assert results["model"] == {"path": "p", "size": 2}
@@ -71,21 +71,21 @@ def test_a_step_records_and_the_next_one_needs_it(tmp_path: Path) -> None:
 
 def test_a_trained_run_is_not_given_other_settings(tmp_path: Path) -> None:
     given = {"RUN_NAME": "r", "STORAGE": str(tmp_path), "CORPUS": "news", "OVERRIDES": {}}
-    step = run.begin("02_data", **given)
+    step = notebook.begin("02_data", **given)
     step.finish({}, {})
-    run.begin("02_data", **given | {"CORPUS": "ray_docs"})  # nothing trained: free to change
+    notebook.begin("02_data", **given | {"CORPUS": "ray_docs"})  # nothing trained: free to change
     step.run.metrics.write_text('{"event": "start", "step": 0}\n')
-    run.begin("02_data", **given)
+    notebook.begin("02_data", **given)
     with pytest.raises(RunExistsError, match="CORPUS was 'news', is now 'ray_docs'"):
-        run.begin("02_data", **given | {"CORPUS": "ray_docs"})
+        notebook.begin("02_data", **given | {"CORPUS": "ray_docs"})
 
 
 def test_overrides_in_any_form() -> None:
-    assert run.as_overrides("{max_steps: 3}") == {"max_steps": 3}
-    assert run.as_overrides("") == run.as_overrides(None) == {}
+    assert notebook.as_overrides("{max_steps: 3}") == {"max_steps": 3}
+    assert notebook.as_overrides("") == notebook.as_overrides(None) == {}
     for bad in ("max_steps 3", [1], 7, {1: 2}, "{a: "):
         with pytest.raises(ParameterError, match="OVERRIDES"):
-            run.as_overrides(bad)
+            notebook.as_overrides(bad)
 
 
 def test_events_of_a_resumed_run_appear_once(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_token_is_no_parameter(tmp_path: Path) -> None:
     secret = {"ray_init_kwargs": {"runtime_env": {"env_vars": {"HF_TOKEN": "hf_canary0123"}}}}
     given = {"RUN_NAME": "r", "STORAGE": str(tmp_path), "OVERRIDES": secret}
     with pytest.raises(ParameterError, match="OVERRIDES holds a token") as refused:
-        run.begin("01_setup", **given)
+        notebook.begin("01_setup", **given)
     assert "canary" not in str(refused.value)
     assert not (tmp_path / "r").exists()
 

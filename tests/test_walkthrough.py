@@ -21,7 +21,8 @@ from nodes import Node, can_hide, cluster, free_port
 
 from cpt_helpers import assets, checkpoints, config, data, launch, models, pipeline, tracking
 from cpt_helpers.errors import RunExistsError, TrainingError
-from cpt_helpers.run import PROJECT, STEPS, Run, begin
+from cpt_helpers.notebook import begin
+from cpt_helpers.run import PROJECT, STEPS, Run
 
 pytestmark = pytest.mark.training
 
