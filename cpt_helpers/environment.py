@@ -180,21 +180,33 @@ def cluster() -> Iterator[Any]:
         return
     address = _address()
     _require_answer(address)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
-        options = {"include_dashboard": False, "num_cpus": os.cpu_count()}
-        if not _has_nvidia():
-            options["runtime_env"] = {"env_vars": KEEP_MEMORY}
+        options |= {"include_dashboard": False, "num_cpus": os.cpu_count()}
     else:
-        options = {"runtime_env": {"py_modules": [str(PROJECT / "cpt_helpers")]}}
+        options["runtime_env"] = {"py_modules": [str(PROJECT / "cpt_helpers")]}
     try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
+        # Not as a runtime environment: Ray would leave the processes it has ready unused for it.
+        with _variables({} if address != "local" or _has_nvidia() else KEEP_MEMORY):
+            ray.init(address, **options)
     except (ConnectionError, RuntimeError) as error:
         raise _no_answer(address, str(error).splitlines()[0]) from None
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _variables(added: dict[str, str]) -> Iterator[None]:
+    """Variables for processes started in the block; what the reader has set stays."""
+    added = {name: value for name, value in added.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 def cluster_rows(ray: Any) -> list[tuple[str, str]]:

@@ -7,11 +7,13 @@ one places the same training function on GPUs or CPUs and has Ray restart it whe
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import re
 import shutil
 import statistics
+import threading
 import time
 from contextlib import contextmanager
 from typing import Any
@@ -75,6 +77,8 @@ def train(
         if resumed and args.get("deepspeed") and resumed.world_size != world_size:
             print(f"its checkpoint is converted from {resumed.world_size} to {world_size} workers")
             resharding.universal(run, resumed, world_size)
+        # Ray's start is waiting for other processes: half of a launch's imports fit into it.
+        threading.Thread(target=importlib.import_module, args=["torch"], daemon=True).start()
         with environment.cluster() as ray:
             preflight.placement(ray, args, wait=True)
             preflight.raise_if_wrong(preflight.nodes(run, args, ray))

@@ -6,6 +6,7 @@ to ``metrics.jsonl`` on the storage; the driver, the notebooks and the figures r
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -60,6 +61,11 @@ def train_loop(config: dict[str, Any]) -> None:
         _use_own_trainer(callback)
         from llamafactory.train.tuner import _training_function
 
+        import torch
+
+        # DeepSpeed collects garbage a dozen times while it sets up; what was imported is none.
+        gc.freeze()
+        torch.serialization.set_crc32_options(False)  # the manifest has a sha256 of every file
         callback.memory_before = throughput.peak_memory()
         _training_function({"args": args, "callbacks": [callback]})
         callback.end()  # the final model is written too

@@ -109,7 +109,7 @@ def test_several_faults_are_told_at_once(run: Run, tiny_gemma3: Path) -> None:
 def test_numbers_that_yaml_reads_as_text(run: Run, tiny_gemma3: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     text = (PROJECT / "train-configs" / "cpt_cpu.yaml").read_text()
-    recipe.write_text(text.replace("learning_rate: 1.5e-4", "learning_rate: 1e-4"))
+    recipe.write_text(text.replace("learning_rate: 2.5e-4", "learning_rate: 1e-4"))
     assert yaml.safe_load(recipe.read_text())["learning_rate"] == "1e-4", "YAML 1.1"
     model = {"model_name_or_path": str(tiny_gemma3)}
     resolved = config.resolve(run, str(recipe), model, "handbook")
