@@ -59,9 +59,8 @@ def train_loop(config: dict[str, Any]) -> None:
         args |= _taking_up(run, args, resumed, world_size)
         callback = _make_callback(run, args, resumed)
         _use_own_trainer(callback)
-        from llamafactory.train.tuner import _training_function
-
         import torch
+        from llamafactory.train.tuner import _training_function
 
         # DeepSpeed collects garbage a dozen times while it sets up; what was imported is none.
         gc.freeze()
@@ -231,7 +230,7 @@ def _make_callback(run: Run, args: dict[str, Any], resumed: dict[str, Any] | Non
             self.rank = ray.train.get_context().get_world_rank()
             self.logged = (0, 0.0)  # step and time of the last step event
             self.measured: tuple[int, dict[str, float]] = (-1, {})  # held-out losses, and when
-            self.evaluating = 0.0
+            self.last = 0.0  # when the trainer last came by: what follows began then
             self.memory_before = 0  # bytes, the libraries loaded and no model
             self.flops_per_token = 0.0
             self.peaks: list[int] = []  # of each rank, when the last step was done
@@ -270,13 +269,14 @@ def _make_callback(run: Run, args: dict[str, Any], resumed: dict[str, Any] | Non
                 memory_before=self.memory_before,
             )
             self.logged = (state.global_step, time.time())
-            self.evaluating = time.time()
+            self.last = time.time()
 
         def on_step_begin(self, args, state, control, **kwargs):
             if not self.logged[1]:
                 self.logged = (state.global_step, time.time())
 
         def on_step_end(self, args, state, control, **kwargs):
+            self.last = time.time()
             if state.global_step >= state.max_steps and args.eval_strategy == "steps":
                 control.should_evaluate = True  # also where max_steps is no multiple of eval_steps
             return control
@@ -298,22 +298,21 @@ def _make_callback(run: Run, args: dict[str, Any], resumed: dict[str, Any] | Non
                 memory=throughput.peak_memory(on_gpu),
             )
             self.logged = (state.global_step, time.time())
-            self.evaluating = time.time()
+            self.last = time.time()
 
         def on_evaluate(self, args, state, control, metrics=None, **kwargs):
             losses = self.measured[1] if self.measured[0] == state.global_step else {}
             for key, value in metrics.items():
                 if key.startswith("eval_") and key.endswith("_loss"):
                     name = key.removeprefix("eval_").removesuffix("_loss")
-                    seconds = time.time() - self.evaluating
+                    seconds = time.time() - self.last
                     losses[name] = value
                     self.write("eval", state, dataset=name, loss=value, seconds=round(seconds, 3))
             self.measured = (state.global_step, losses)
-            self.evaluating = time.time()
+            self.last = time.time()
             self.logged = (state.global_step, 0.0)
 
         def on_save(self, args, state, control, **kwargs):
-            since = time.time()
             written = Path(args.output_dir, f"checkpoint-{state.global_step}")
             place = _next_place(run)
             if self.rank == 0:
@@ -329,7 +328,7 @@ def _make_callback(run: Run, args: dict[str, Any], resumed: dict[str, Any] | Non
                 size = checkpoints.write_manifest(
                     place, state.global_step, args.world_size, files, losses
                 )
-                seconds = round(time.time() - since, 3)
+                seconds = round(time.time() - self.last, 3)  # the trainer's writing too
                 self.write("save", state, bytes=size, seconds=seconds, path=str(place))
                 checkpoints.prune(run, keep, held_out, newest=place)
             self.logged = (state.global_step, 0.0)

@@ -1,0 +1,54 @@
+"""The yardstick: a training loop in plain PyTorch and transformers, nothing else.
+
+``python benchmarks/plain.py MODEL TOKENISED --steps 6 --blocks 8 --at-once 8`` writes a line of
+JSON for each optimizer step: its seconds and loss. Same model, blocks, batch, precision and
+optimizer as the recipe it is held against; one process, all cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="a Hugging Face folder")
+    parser.add_argument("tokenised", help="what notebook 02 tokenised")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--blocks", type=int, default=8, help="in an optimizer step")
+    parser.add_argument("--at-once", type=int, default=8, help="in a forward pass")
+    parser.add_argument("--learning-rate", type=float, default=2.5e-4)
+    parser.add_argument("--bf16", action="store_true", help="autocast, weights in fp32")
+    given = parser.parse_args()
+    import torch
+    from datasets import load_from_disk
+    from transformers import AutoModelForCausalLM
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(cores or 1)
+    model = AutoModelForCausalLM.from_pretrained(given.model, torch_dtype=torch.float32).train()
+    blocks = load_from_disk(given.tokenised)["train"].shuffle(seed=42).with_format("torch")
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=given.learning_rate, weight_decay=0.0, fused=True
+    )
+    for step in range(given.steps):
+        since, loss = time.perf_counter(), 0.0
+        first = step * given.blocks
+        for start in range(first, first + given.blocks, given.at_once):
+            ids = blocks[start : min(start + given.at_once, first + given.blocks)]["input_ids"]
+            with torch.autocast("cpu", torch.bfloat16, enabled=given.bf16):
+                part = model(input_ids=ids, labels=ids, use_cache=False).loss
+            share = part * len(ids) / given.blocks
+            share.backward()
+            loss += share.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        print(json.dumps({"seconds": time.perf_counter() - since, "loss": loss}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

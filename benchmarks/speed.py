@@ -1,0 +1,338 @@
+"""How close to the machine does the default come? ``make bench``.
+
+Turn by turn, so that drift cancels: the guide's settings and our recipe, both through Ray and
+ZeRO-3; LLaMA-Factory alone under torchrun with DDP; a plain PyTorch loop (:mod:`plain`); the
+machine's matrix products. The same model, blocks, batch and precision. Writes
+``benchmarks/results/speed.json``, ``speed.md`` and ``speed.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+RESULTS = Path(__file__).parent / "results"
+STEPS, STEADY = 6, 3  # optimizer steps of a turn; the first ones touch memory and trace the model
+WORKERS = 2
+# The guide's, as far as a CPU can have them: one block at once, the rest accumulated, activations
+# computed again, the plain optimizer, DeepSpeed's own bucket sizes.
+GUIDE: dict[str, Any] = {
+    "per_device_train_batch_size": 1,
+    "disable_gradient_checkpointing": None,
+    "optim": "adamw_torch",
+}
+SHORT = {
+    "max_steps": STEPS,
+    "save_steps": STEPS,
+    "eval_strategy": "no",
+    "eval_on_start": False,
+    "report_to": "none",
+}
+NAMES = {
+    "guide": "the guide's settings, Ray + ZeRO-3",
+    "default": "our recipe, Ray + ZeRO-3",
+    "ddp": "LLaMA-Factory alone, torchrun + DDP",
+    "plain": "a plain PyTorch loop",
+}
+
+
+def through_ray(kind: str, turn: int, storage: Path) -> dict[str, Any]:
+    """A training by our own launch: the guide's settings or the recipe's."""
+    from cpt_helpers import config, launch, pipeline
+    from cpt_helpers.run import Run
+
+    run = Run.open(f"bench-{kind}-{turn}", storage)
+    shutil.rmtree(run.folder, ignore_errors=True)
+    recipe = config.read_recipe("cpt_cpu.yaml")[1]
+    own: dict[str, Any] = {}
+    if kind == "guide":
+        blocks = recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"]
+        settings = json.loads((config.DEEPSPEED_CONFIGS / "ds_z3_config.json").read_text())
+        settings["zero_optimization"]["reduce_bucket_size"] = "auto"
+        file = storage / "bench-guide-ds.json"
+        file.write_text(json.dumps(settings, indent=2))
+        own = GUIDE | {"gradient_accumulation_steps": blocks, "deepspeed": str(file)}
+    pipeline.configure(run, "cpt_cpu.yaml", "", SHORT | own)
+    args = config.load(run)
+    called = time.time()
+    launch.train(run, args)
+    events = run.events()
+    steps = [event for event in events if event["event"] == "step"]
+    (start,) = [event for event in events if event["event"] == "start"]
+    (save,) = [event for event in events if event["event"] == "save"]
+    copied = plain_copy(Path(save["path"]))
+    row = {
+        "seconds": [event["seconds"] for event in steps],
+        "losses": [event["loss"] for event in steps],
+        "memory": max(event["memory"] for event in steps),
+        "start_up": round(start["time"] - called, 1),
+        "checkpoint": {"bytes": save["bytes"], "seconds": save["seconds"], "copies": copied},
+        "flops_per_token": start["flops_per_token"],
+    }
+    shutil.rmtree(run.folder)
+    return row
+
+
+def plain_copy(folder: Path) -> list[float]:
+    """Seconds of three copies of a checkpoint, beside it, to the same disk."""
+    took = []
+    for _ in range(3):
+        target = folder.parent / "copy"
+        since = time.perf_counter()
+        shutil.copytree(folder, target)
+        took.append(round(time.perf_counter() - since, 2))
+        shutil.rmtree(target)
+    return took
+
+
+def _alone(command: list[str], own: dict[str, str], log: Path, watch: Any) -> int:
+    """Runs a command to its end, calling ``watch`` ten times a second; most memory of a process."""
+    from cpt_helpers import environment
+
+    most = 0
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=out, env=os.environ | environment.KEEP_MEMORY | own
+        )
+        seen = psutil.Process(process.pid)
+        while process.poll() is None:
+            time.sleep(0.1)
+            watch()
+            for child in (seen, *seen.children(recursive=True)):
+                try:
+                    most = max(most, child.memory_info().rss)
+                except psutil.Error:
+                    continue
+    if process.returncode:
+        sys.exit(f"{' '.join(command[:4])} … failed:\n{log.read_text(errors='replace')[-3000:]}")
+    return most
+
+
+def ddp(turn: int, storage: Path) -> dict[str, Any]:
+    """LLaMA-Factory's own launcher, one process a core, no DeepSpeed, no Ray."""
+    import llamafactory
+
+    args = _recipe_for_others(storage)
+    with tempfile.TemporaryDirectory() as scratch:
+        file, output = Path(scratch, "train.yaml"), Path(scratch, "output")
+        args |= {"output_dir": str(output), "ddp_backend": "gloo"}
+        file.write_text(yaml.safe_dump(args))
+        launcher = Path(llamafactory.__file__).with_name("launcher.py")
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(WORKERS)]
+        lines, times = output / "trainer_log.jsonl", []
+
+        def watch() -> None:
+            done = len(lines.read_text().splitlines()) if lines.is_file() else 0
+            times.extend([time.perf_counter()] * (done - len(times)))
+
+        memory = _alone(
+            [sys.executable, *torchrun, str(launcher), str(file)],
+            {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            Path(scratch, "log"),
+            watch,
+        )
+        watch()
+        logged = [json.loads(line) for line in lines.read_text().splitlines()]
+    losses = [line["loss"] for line in logged if "loss" in line]
+    between = [b - a for a, b in itertools.pairwise(times[:STEPS])]
+    return {"seconds": [round(s, 3) for s in between], "losses": losses, "memory": memory}
+
+
+def plain(turn: int, storage: Path) -> dict[str, Any]:
+    args = _recipe_for_others(storage)
+    blocks = WORKERS * args["per_device_train_batch_size"] * args["gradient_accumulation_steps"]
+    file = str(Path(__file__).with_name("plain.py"))
+    command = [sys.executable, file, args["model_name_or_path"], args["tokenized_path"]]
+    command += ["--steps", str(STEPS), "--blocks", str(blocks), "--at-once", str(blocks)]
+    command += ["--learning-rate", str(args["learning_rate"])] + ["--bf16"] * bool(args["bf16"])
+    with tempfile.TemporaryDirectory() as scratch:
+        log = Path(scratch, "log")
+        memory = _alone(command, {}, log, lambda: None)
+        rows = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+    return {
+        "seconds": [round(row["seconds"], 3) for row in rows],
+        "losses": [round(row["loss"], 4) for row in rows],
+        "memory": memory,
+    }
+
+
+def _recipe_for_others(storage: Path) -> dict[str, Any]:
+    """Our recipe, as LLaMA-Factory takes it without Ray and DeepSpeed."""
+    from cpt_helpers import config, pipeline
+    from cpt_helpers.run import Run
+
+    run = Run.open("bench-others", storage)
+    shutil.rmtree(run.folder, ignore_errors=True)
+    pipeline.configure(run, "cpt_cpu.yaml", "", SHORT)
+    args = config.load(run)
+    other = {"deepspeed", "resources_per_worker", "eval_dataset", "eval_on_each_dataset"}
+    args = {k: v for k, v in args.items() if k not in other and not k.startswith("ray_")}
+    args["tokenized_path"] = str(training_only(Path(args["tokenized_path"]), run.folder))
+    return args | {"save_strategy": "no", "overwrite_output_dir": True}
+
+
+def training_only(tokenised: Path, folder: Path) -> Path:
+    """The tokenised corpus without its held-out parts: nothing here evaluates."""
+    from datasets import DatasetDict, load_from_disk
+
+    target = folder / "tokenised"
+    DatasetDict({"train": load_from_disk(str(tokenised))["train"]}).save_to_disk(str(target))
+    return target
+
+
+def matrix_products(bf16: bool) -> float:
+    """FLOP/s of matrix products on all cores, in a process of their own."""
+    code = (
+        "import torch, sys; from cpt_helpers import throughput;"
+        "torch.set_num_threads(int(sys.argv[1]));"
+        "print(throughput.peak_flops(False, sys.argv[2])[1])"
+    )
+    precision = "bfloat16" if bf16 else "float32"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(WORKERS), precision],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return float(done.stdout.split()[-1])
+
+
+def summary(turns: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
+    """Medians over the steady steps of all turns, and ratios inside this run."""
+    peak = statistics.median(turn["peak"] for turn in turns)
+    flops = turns[0]["default"]["flops_per_token"]
+    found: dict[str, Any] = {}
+    for kind in NAMES:
+        rows = [turn[kind] for turn in turns]
+        steady = [tokens / s for row in rows for s in row["seconds"][-STEADY:]]
+        rate = statistics.median(steady)
+        found[kind] = {
+            "tokens_per_second": round(rate, 1),
+            "spread": [round(min(steady), 1), round(max(steady), 1)],
+            "mfu": round(rate * flops / peak, 3),
+            "memory": max(row["memory"] for row in rows),
+            "loss": round(statistics.mean(x for row in rows for x in row["losses"]), 4),
+        }
+    for kind in ("guide", "default"):
+        rows = [turn[kind] for turn in turns]
+        saves = [row["checkpoint"] for row in rows]
+        found[kind] |= {
+            "start_up": statistics.median(row["start_up"] for row in rows),
+            "checkpoint_bytes": saves[0]["bytes"],
+            "checkpoint_seconds": statistics.median(save["seconds"] for save in saves),
+            "copy_first": statistics.median(save["copies"][0] for save in saves),
+            "copy_again": statistics.median(s for save in saves for s in save["copies"][1:]),
+        }
+    ours = found["default"]["tokens_per_second"]
+    return {
+        "peak_flops": peak,
+        "kinds": found,
+        "default / plain": round(ours / found["plain"]["tokens_per_second"], 3),
+        "default / guide": round(ours / found["guide"]["tokens_per_second"], 3),
+        "default / ddp": round(ours / found["ddp"]["tokens_per_second"], 3),
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    found, said = result["summary"], result["machine"]
+    lines = [
+        f"{result['tokens']:,} tokens a step, medians over {len(result['turns'])} turns of "
+        f"{STEADY} steady steps; {result['date']}, {said}. Matrix products alone: "
+        f"{found['peak_flops'] / 1e9:.0f} GFLOP/s.",
+        "",
+        "| | tokens/s | spread | of the peak | mean loss | GiB a process |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind, name in NAMES.items():
+        row = found["kinds"][kind]
+        low, high = row["spread"]
+        lines.append(
+            f"| {name} | {row['tokens_per_second']:.0f} | {low:.0f} – {high:.0f} "
+            f"| {row['mfu']:.0%} | {row['loss']:.3f} | {row['memory'] / 2**30:.1f} |"
+        )
+    ours = found["kinds"]["default"]
+    ratios = [f"{found[f'default / {k}']:.2f} × {NAMES[k]}" for k in ("plain", "guide", "ddp")]
+    lines += [
+        "",
+        f"Our recipe: {'; '.join(ratios)}. From the launch call to the first step "
+        f"{ours['start_up']:.0f} s. A checkpoint of {ours['checkpoint_bytes'] / 1e9:.2f} GB holds "
+        f"the training up for {ours['checkpoint_seconds']:.1f} s; a plain copy of it takes "
+        f"{ours['copy_first']:.1f} s the first time, {ours['copy_again']:.1f} s again.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    kinds = result["summary"]["kinds"]
+    figure, axes = plt.subplots(figsize=(8, 2.6), layout="constrained")
+    names, rates = list(NAMES.values()), [kinds[kind]["tokens_per_second"] for kind in NAMES]
+    off = [
+        [rate - kinds[kind]["spread"][0] for kind, rate in zip(NAMES, rates, strict=True)],
+        [kinds[kind]["spread"][1] - rate for kind, rate in zip(NAMES, rates, strict=True)],
+    ]
+    colours = ["tab:blue" if kind == "default" else "lightsteelblue" for kind in NAMES]
+    axes.barh(names, rates, xerr=off, color=colours, ecolor="gray", height=0.6)
+    for i, rate in enumerate(rates):
+        axes.text(2, i, f"{rate:.0f}", va="center", color="white", weight="bold")
+    axes.invert_yaxis()
+    axes.set(xlabel="tokens/s at steady steps, with the least and the most seen")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--storage", default="", help="where the runs lie")
+    parser.add_argument("--turns", type=int, default=2)
+    given = parser.parse_args()
+    from cpt_helpers import config, environment
+    from cpt_helpers.run import storage_root
+
+    storage = storage_root(given.storage)
+    args = _recipe_for_others(storage)
+    tokens = config.global_batch(args | {"ray_num_workers": WORKERS}) * args["cutoff_len"]
+    turns: list[dict[str, Any]] = []
+    for turn in range(given.turns):
+        kinds = list(NAMES) if turn % 2 == 0 else list(reversed(NAMES))
+        row: dict[str, Any] = {"peak": matrix_products(bool(args["bf16"]))}
+        for kind in kinds:
+            if kind in ("guide", "default"):
+                row[kind] = through_ray(kind, turn, storage)
+            else:
+                row[kind] = {"ddp": ddp, "plain": plain}[kind](turn, storage)
+            print(f"turn {turn}: {kind} {json.dumps(row[kind])}", flush=True)
+        turns.append(row)
+        result = {
+            "date": str(date.today()),
+            "machine": environment.machine(),
+            "tokens": tokens,
+            "turns": turns,
+            "summary": summary(turns, tokens),
+        }
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "speed.json").write_text(json.dumps(result, indent=2) + "\n")
+        (RESULTS / "speed.md").write_text(table(result))
+        draw(result, RESULTS / "speed.png")
+    shutil.rmtree(storage / "bench-others", ignore_errors=True)
+    (storage / "bench-guide-ds.json").unlink(missing_ok=True)
+    print((RESULTS / "speed.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
