@@ -1,4 +1,4 @@
-# run · test · test-forms · test-faults · bench-data · bench-replay · bench-memory · bench-methods · bench-forms · lint · lab: each sets up .venv by itself the first time.
+# run · test · test-forms · test-faults · bench · bench-growth · bench-step · bench-data · bench-replay · bench-memory · bench-methods · bench-forms · lint · lab: each sets up .venv by itself the first time.
 PYTHON ?= python3
 RUN ?= cpt-cpu
 CONFIG ?=
@@ -15,7 +15,7 @@ READY := $(VENV)/.ready
 # A folder of wheels, where there is one: pip knows PIP_FIND_LINKS by itself, uv has to be told.
 FIND_LINKS := $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)")
 
-.PHONY: run test test-forms test-faults bench-data bench-replay bench-memory bench-methods bench-forms lint lab setup clean
+.PHONY: run test test-forms test-faults bench bench-growth bench-step bench-data bench-replay bench-memory bench-methods bench-forms lint lab setup clean
 
 ## all six notebooks in order: make run [RUN=name CONFIG=recipe CORPUS=corpus OVERRIDES='{key: value}' …]
 run: $(READY)
@@ -35,6 +35,18 @@ test-faults: $(READY)
 	@rm -f $(SEEN)
 	@CPT_FAULTS_TABLE="$(SEEN)" $(PY) -m pytest -m faults tests/test_faults.py
 	@PYTHONPATH=tests $(PY) -m faults.table "$(SEEN)"
+
+## how fast, beside the guide's settings, DDP and a plain loop: twenty-five minutes
+bench: $(READY)
+	@PYTHONPATH=. $(PY) benchmarks/speed.py
+
+## how speed and memory grow with workers, parameters, block length: ten minutes
+bench-growth: $(READY)
+	@PYTHONPATH=. $(PY) benchmarks/growth.py
+
+## where a step's time goes, by torch's profiler: two minutes
+bench-step: $(READY)
+	@PYTHONPATH=. $(PY) benchmarks/step.py
 
 ## does cleaning find what was planted, in bounded memory and time? 10 MB, 100 MB, 1 GB
 bench-data: $(READY)

@@ -29,11 +29,6 @@ def measure(folder: Path, storage: Path, corpus: str, block: int, new: int) -> d
     from cpt_helpers import data, models, quantize
 
     model, tokenizer = models.load(folder)
-    if (folder / quantize.NOTE).is_file():
-        from compressed_tensors.quantization import disable_quantization
-
-        # The first pass unpacks the weights; they would be rounded once more in each one after it.
-        model.apply(disable_quantization)
     texts = data.texts_of(data.load(corpus, storage).heldout)
     perplexity = models.perplexity(model, tokenizer, texts, block)
     ids = tokenizer(PROMPT, return_tensors="pt").to(model.device)

@@ -126,7 +126,7 @@ def ddp(turn: int, storage: Path) -> dict[str, Any]:
     """LLaMA-Factory's own launcher, one process a core, no DeepSpeed, no Ray."""
     import llamafactory
 
-    args = _recipe_for_others(storage)
+    args, _ = recipe_for_others(storage)
     with tempfile.TemporaryDirectory() as scratch:
         file, output = Path(scratch, "train.yaml"), Path(scratch, "output")
         args |= {"output_dir": str(output), "ddp_backend": "gloo"}
@@ -153,7 +153,7 @@ def ddp(turn: int, storage: Path) -> dict[str, Any]:
 
 
 def plain(turn: int, storage: Path) -> dict[str, Any]:
-    args = _recipe_for_others(storage)
+    args, _ = recipe_for_others(storage)
     blocks = WORKERS * args["per_device_train_batch_size"] * args["gradient_accumulation_steps"]
     file = str(Path(__file__).with_name("plain.py"))
     command = [sys.executable, file, args["model_name_or_path"], args["tokenized_path"]]
@@ -170,8 +170,8 @@ def plain(turn: int, storage: Path) -> dict[str, Any]:
     }
 
 
-def _recipe_for_others(storage: Path) -> dict[str, Any]:
-    """Our recipe, as LLaMA-Factory takes it without Ray and DeepSpeed."""
+def recipe_for_others(storage: Path) -> tuple[dict[str, Any], Path]:
+    """Our recipe, as LLaMA-Factory takes it without Ray and DeepSpeed; and a folder for it."""
     from cpt_helpers import config, pipeline
     from cpt_helpers.run import Run
 
@@ -182,7 +182,7 @@ def _recipe_for_others(storage: Path) -> dict[str, Any]:
     other = {"deepspeed", "resources_per_worker", "eval_dataset", "eval_on_each_dataset"}
     args = {k: v for k, v in args.items() if k not in other and not k.startswith("ray_")}
     args["tokenized_path"] = str(training_only(Path(args["tokenized_path"]), run.folder))
-    return args | {"save_strategy": "no", "overwrite_output_dir": True}
+    return args | {"save_strategy": "no", "overwrite_output_dir": True}, run.folder
 
 
 def training_only(tokenised: Path, folder: Path) -> Path:
@@ -305,7 +305,7 @@ def main() -> None:
     from cpt_helpers.run import storage_root
 
     storage = storage_root(given.storage)
-    args = _recipe_for_others(storage)
+    args, _ = recipe_for_others(storage)
     tokens = config.global_batch(args | {"ray_num_workers": WORKERS}) * args["cutoff_len"]
     turns: list[dict[str, Any]] = []
     for turn in range(given.turns):

@@ -16,6 +16,7 @@ USABLE = 0.94  # of a GPU's memory; the rest goes to fragments and other librari
 # Tokens a second of one GPU, as runs showed; the guide's own run, with its settings: 20 steps of
 # 8 x 512 tokens in 1.9 s each on four L40S, from the log it prints.
 MEASURED = {("L40S", "google/gemma-3-4b-pt"): (539.0, "the guide's run, with the guide's settings")}
+METHODS = ("full", "freeze", "lora")
 # Shares of the GPU's peak that bound a speed nobody measured.
 MFU = {
     "slow": (0.035, "3.5 % of the peak, as the guide's run with one block of 512 at once"),
@@ -219,4 +220,39 @@ def memory_rows(args: dict[str, Any], shape: memory.Shape) -> list[dict[str, Any
             "on the host": one.host,
         }
         rows.append({"ZeRO": stage} | {k: round(v / 2**30, 2) for k, v in values.items()})
+    return rows
+
+
+def methods(args: dict[str, Any], steps: int) -> list[dict[str, Any]]:
+    """What training all weights, the last layers or adapters comes to, for one model and workers.
+
+    The settings of a method are those of its recipe in ``train-configs/``; all else is as given.
+
+    Args:
+        args: The resolved recipe.
+        steps: Optimizer steps of the run.
+
+    Raises:
+        AssetError: The model's configuration cannot be had.
+    """
+    from .config import read_recipe
+
+    rows = []
+    for method in METHODS:
+        recipe = read_recipe(f"cpt_cpu{'' if method == 'full' else '_' + method}.yaml")[1]
+        own = {k: v for k, v in recipe.items() if k.startswith(("finetuning_", "freeze_", "lora_"))}
+        changed = {k: v for k, v in args.items() if not k.startswith(("freeze_", "lora_"))} | own
+        shape = shape_of(changed)
+        trained = shape.size.trained or shape.size.parameters
+        disk = planning.disk(changed, shape.size, steps)
+        rows.append(
+            {
+                "": method,
+                "parameters trained": f"{trained:,}",
+                "of all": f"{trained / shape.size.parameters:.1%}",
+                "GiB a worker": round(memory.of_worker(changed, shape).peak / 2**30, 2),
+                "GiB a checkpoint": disk.checkpoint,
+                "GiB of the final model": disk.model,
+            }
+        )
     return rows

@@ -28,8 +28,8 @@ def load(folder: str | Path, *, dtype: str = "auto") -> tuple[Any, Any]:
     """A model and its tokenizer in plain transformers, ready to be asked.
 
     Args:
-        folder: A Hugging Face folder, a name on the hub, or a folder with a LoRA adapter, which is
-            put on the base it names.
+        folder: A Hugging Face folder (one that :mod:`quantize` wrote too), a name on the hub, or a
+            folder with a LoRA adapter, which is put on the base it names.
         dtype: ``"auto"`` takes the precision the weights (of an adapter: its base's) are stored in.
 
     Raises:
@@ -59,6 +59,11 @@ def load(folder: str | Path, *, dtype: str = "auto") -> tuple[Any, Any]:
 
         with hushed():
             model = peft.PeftModel.from_pretrained(model, str(folder))
+    if getattr(model.config, "quantization_config", None):
+        from compressed_tensors.quantization import disable_quantization
+
+        # The first pass unpacks the weights; they would be rounded once more in each one after it.
+        model.apply(disable_quantization)
     if torch.cuda.is_available():
         model = model.to("cuda")
     return model.eval(), tokenizer

@@ -149,3 +149,22 @@ def test_the_plan_in_words(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     said = capsys.readouterr().out
     assert "does not fit" in said and "fits with" in said and "known once step 2" in said
     assert not list(tmp_path.iterdir()), "nothing may be written"
+
+
+def test_what_each_method_trains(gemma: tuple[dict, memory.Shape]) -> None:
+    recipe, shape = gemma
+    rows = {row[""]: row for row in forecast.methods(recipe | {"lora_rank": 999}, 20)}
+    trained = {m: int(row["parameters trained"].replace(",", "")) for m, row in rows.items()}
+    assert trained["full"] == shape.size.trained
+    # A layer: four attention matrices, three of the MLP, four norms of the width, two of the heads.
+    layer = 2560 * 256 * (8 + 4 + 4 + 8) + 3 * 2560 * 10240 + 4 * 2560 + 2 * 256
+    assert trained["freeze"] == 8 * layer
+    # Rank 16 beside each of the seven matrices: its inputs and its outputs.
+    ends = 2 * (2560 + 2048) + 2 * (2560 + 1024) + 3 * (2560 + 10240)
+    assert trained["lora"] == 34 * 16 * ends
+    memory_of = [rows[m]["GiB a worker"] for m in ("full", "freeze", "lora")]
+    assert memory_of == sorted(memory_of, reverse=True)
+    # Gathered weights, the trained ones' states, and the frozen ones in the shards; bf16.
+    frozen = shape.size.parameters - trained["freeze"]
+    expected = 2 * shape.size.parameters + 12 * trained["freeze"] + 2 * frozen
+    assert rows["freeze"]["GiB a checkpoint"] == pytest.approx(expected / 2**30, rel=1e-3)

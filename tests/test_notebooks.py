@@ -30,7 +30,7 @@ APPLY = {
     "03_config": {"TRAIN_CONFIG", "OVERRIDES"},
     "04_train": {"RETRIES", "WORKERS"},
     "05_checkpoints": {"KILL"},
-    "06_export": {"CHECKPOINT", "DTYPE", "FORM"},
+    "06_export": {"CHECKPOINT", "DTYPE", "FORM", "QUANTIZE"},
 }
 
 

@@ -1,0 +1,79 @@
+"""Where does a step's time go? ``make bench-step``.
+
+The default recipe's training under ZeRO-3 in two processes, as the workers run it but without Ray,
+with torch's profiler around one steady step of rank 0. Writes ``benchmarks/results/step.txt``, and
+``step.trace.json`` (not kept) for https://ui.perfetto.dev.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+WORKERS, STEPS = 2, 6
+
+
+def rank() -> None:
+    """One process of the training."""
+    import yaml
+
+    from cpt_helpers import worker
+
+    worker.join_cpu_group()
+    from llamafactory.train.tuner import _training_function
+    from torch.profiler import ProfilerActivity, profile
+    from transformers import TrainerCallback
+
+    class Profiled(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == STEPS - 1:
+                self.profile = profile(activities=[ProfilerActivity.CPU])
+                self.profile.__enter__()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step < STEPS:
+                return
+            self.profile.__exit__(None, None, None)
+            if os.environ["RANK"] == "0":
+                averages = self.profile.key_averages()
+                rows = averages.table(sort_by="self_cpu_time_total", row_limit=30)
+                (RESULTS / "step.txt").write_text(rows)
+                self.profile.export_chrome_trace(str(RESULTS / "step.trace.json"))
+
+    args = yaml.safe_load(Path(sys.argv[1]).read_text("utf-8"))
+    worker._use_own_trainer(None)
+    _training_function({"args": args, "callbacks": [Profiled()]})
+
+
+def main() -> None:
+    import yaml
+    from speed import recipe_for_others
+
+    from cpt_helpers import config, environment
+    from cpt_helpers.run import storage_root
+
+    storage = storage_root("")
+    args, folder = recipe_for_others(storage)
+    args |= {"max_steps": STEPS, "output_dir": str(folder / "output")}
+    args["deepspeed"] = str(config.DEEPSPEED_CONFIGS / "ds_z3_config.json")
+    file = folder / "profiled.yaml"
+    file.write_text(yaml.safe_dump(args), "utf-8")
+    own = {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(WORKERS)]
+    command = [sys.executable, *torchrun, __file__, str(file)]
+    subprocess.run(command, env=os.environ | environment.KEEP_MEMORY | own, check=True)
+    path = RESULTS / "step.txt"
+    path.write_text(f"{date.today()}, {environment.machine()}\n{path.read_text()}")
+    print(path.read_text())
+
+
+if __name__ == "__main__":
+    rank() if "RANK" in os.environ else main()
