@@ -19,7 +19,18 @@ import pytest
 import yaml
 from nodes import Node, can_hide, cluster, free_port
 
-from cpt_helpers import assets, checkpoints, config, data, launch, models, pipeline, tracking
+from cpt_helpers import (
+    assets,
+    checkpoints,
+    config,
+    data,
+    launch,
+    model_registry,
+    models,
+    pipeline,
+    quantize,
+    tracking,
+)
 from cpt_helpers.errors import RunExistsError, TrainingError
 from cpt_helpers.notebook import begin
 from cpt_helpers.run import PROJECT, STEPS, Run
@@ -40,6 +51,7 @@ STEPS_TAKEN, BLOCK, WORKERS, MICRO = 12, 64, 2, 2
 def parameters(corpus: Path, tiny_gemma3: Path) -> dict:
     return {
         "TRAIN_CONFIG": "cpt_cpu.yaml",
+        "QUANTIZE": "W8A16",
         "CORPUS": str(corpus),
         "OVERRIDES": {
             "model_name_or_path": str(tiny_gemma3),
@@ -188,6 +200,18 @@ def test_held_out_documents_were_not_trained_on(walked: Run) -> None:
     assert args["dataset"] == "handbook"
     corpus = data.load("handbook", walked.storage)
     assert not set(data.texts_of(corpus.train)) & set(data.texts_of(corpus.heldout))
+
+
+def test_fewer_bits_are_written_and_the_export_is_registered(walked: Run, results: dict) -> None:
+    (full, domain, general), (fewer, *rounded) = (row[1:] for row in results["export"]["forms"])
+    assert results["export"]["forms"][1][0] == "W8A16" and float(fewer) < float(full)
+    for one, other in zip((domain, general), rounded, strict=True):
+        assert float(other) == pytest.approx(float(one), rel=0.02)
+    note = json.loads((walked.folder / "export-w8a16" / quantize.NOTE).read_text())
+    assert note["model"] == str(walked.export)
+    assert results["export"]["registered"] == 1
+    folder, tags = model_registry.registered(f"sqlite:///{walked.mlflow_db}", walked.name)
+    assert folder == walked.export and tags["cpt.data"] == config.load(walked)["dataset"]
 
 
 def test_again_is_the_same_and_trains_nothing(walked: Run, parameters: dict, results: dict) -> None:
