@@ -13,6 +13,15 @@ from .run import Run
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_PARTS = {  # what the time before an event went into
+    "start": "start-up",
+    "step": "steps",
+    "eval": "evaluation",
+    "save": "checkpoints",
+    "end": "final save",
+}
+_COLOURS = ("tab:gray", "tab:blue", "tab:green", "tab:orange", "tab:red")
+
 
 def perplexities(run: Run, roles: dict[str, str]) -> dict[str, dict[str, float]]:
     """Held-out perplexity before the first and after the last step, by role.
@@ -71,31 +80,50 @@ def plot(run: Run, roles: dict[str, str]) -> Figure:
 
 
 def time_spent(run: Run) -> dict[str, float]:
-    """Where the last launch's wall clock went, in seconds: start-up (restarts too), steps, …."""
+    """Where the last launch's wall clock went, in seconds, to its last event.
+
+    Each event closes the time since the one before it: a start the start-up (what a restart cost
+    too), a save the checkpoint from its first byte on, the end the final model. So the parts come
+    to the whole, whatever was measured within them.
+
+    Returns:
+        Seconds of ``start-up``, ``steps``, ``evaluation``, ``checkpoints`` and ``final save``.
+    """
     launched = json.loads((run.logs / "launched.json").read_text("utf-8"))["launched"][-1]
-    events = run.events()
-    by = {kind: [e for e in events if e["event"] == kind] for kind in ("step", "eval", "save")}
-    done = [0] + [e["step"] for e in by["step"]]
-    times = [launched, *(e["time"] for e in events)]
-    gaps = zip(events, times, strict=False)  # an event, and when the one before it was
-    parts = {
-        "start-up": sum(
-            e["time"] - max(before, launched)
-            for e, before in gaps
-            if e["event"] == "start" and e["time"] >= launched
-        ),
-        "steps": sum(
-            e["seconds"] * (e["step"] - before)
-            for e, before in zip(by["step"], done, strict=False)
-            if e["time"] >= launched
-        ),
-        "evaluation": sum(e["seconds"] for e in by["eval"] if e["time"] >= launched),
-        "checkpoints": sum(e["seconds"] for e in by["save"] if e["time"] >= launched),
-    }
-    if events[-1]["event"] == "end":  # the final model, gathered and written
-        parts["final save"] = events[-1]["time"] - events[-2]["time"]
-    rest = events[-1]["time"] - launched - sum(parts.values())
-    return {what: round(seconds, 1) for what, seconds in (parts | {"other": max(rest, 0)}).items()}
+    spent = dict.fromkeys(_PARTS.values(), 0.0)
+    pace, before = 0.0, {"step": 0, "time": launched}
+    for event in run.events():
+        if event["time"] >= launched:
+            since = event["time"] - max(before["time"], launched)
+            if event["event"] in ("eval", "save"):  # after steps that were not logged
+                steps = min(pace * (event["step"] - before["step"]), since)
+                spent["steps"] += steps
+                since -= steps
+            spent[_PARTS[event["event"]]] += since
+        pace, before = event["seconds"] if event["event"] == "step" else pace, event
+    return {what: round(seconds, 1) for what, seconds in spent.items()}
+
+
+def plot_time(spent: dict[str, float]) -> Figure:
+    """The wall clock as one bar: each part with its seconds and its share.
+
+    Args:
+        spent: As :func:`time_spent` finds it.
+    """
+    import matplotlib.pyplot as plt
+
+    whole, left = sum(spent.values()), 0.0
+    figure, axes = plt.subplots(figsize=(9, 2.0), layout="constrained")
+    for (what, seconds), colour in zip(spent.items(), _COLOURS, strict=True):
+        share = seconds / (whole or 1)
+        label = f"{what}\n{seconds:.0f} s · {share:.0%}"
+        axes.barh([0], seconds, left=left, color=colour, label=label)
+        left += seconds
+    axes.set(yticks=[], xlim=(0, whole or 1))
+    axes.set_xlabel(f"seconds since the launch, {whole:.0f} in all")
+    figure.legend(ncols=len(spent), loc="outside upper center", frameon=False)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    return figure
 
 
 def costs(run: Run) -> dict[str, Any]:

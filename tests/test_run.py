@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cpt_helpers import environment, notebook, run
+from cpt_helpers import curves, environment, notebook, run
 from cpt_helpers.errors import (
     ParameterError,
     RunExistsError,
@@ -145,3 +145,28 @@ def test_a_cluster_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None
         environment.cluster(),
     ):
         pass
+
+
+def test_the_time_of_a_launch_is_shared_out_whole(tmp_path: Path) -> None:
+    """Every second lies in one part: a restart's, steps that were not logged, the last save."""
+    opened = run.Run.open("r", tmp_path)
+    opened.logs.mkdir(parents=True)
+    (opened.logs / "launched.json").write_text(json.dumps({"launched": [0.0, 100.0]}))
+    log = [("start", 0, 40.0), ("step", 2, 60.0), ("save", 2, 65.0),  # of the launch before
+           ("start", 2, 130.0), ("step", 4, 150.0), ("eval", 5, 167.0), ("save", 5, 170.0),
+           ("step", 6, 180.0), ("start", 5, 200.0),  # died after step 6
+           ("step", 6, 210.0), ("end", 6, 214.0)]  # fmt: skip
+    lines = [{"event": what, "step": step, "time": at, "seconds": 10.0} for what, step, at in log]
+    opened.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    spent = curves.time_spent(opened)
+    assert spent == {
+        "start-up": 30.0 + 30.0,
+        "steps": 20.0 + 10.0 + 10.0,  # 4 and, not logged, 5; then 6 again
+        "evaluation": 7.0,
+        "checkpoints": 3.0,
+        "final save": 4.0,
+    }
+    assert sum(spent.values()) == 214.0 - 100.0
+    (axes,) = curves.plot_time(spent).axes
+    assert [bar.get_width() for bar in axes.patches] == list(spent.values())
+    assert axes.get_legend_handles_labels()[1][1] == "steps\n40 s · 35%"
