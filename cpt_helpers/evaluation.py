@@ -1,8 +1,9 @@
 """Losses of single documents, before and after, with intervals.
 
 Each document is measured on its own, so that documents can be counted, compared and drawn again.
-lm-eval has no part in it: its ``loglikelihood_rolling`` gives sums over all documents, and its
-tasks are others' texts, not the domain's.
+lm-eval has no part in it, though it fits the pins and could be given our texts as tasks of its own:
+its bits per byte are one figure over all documents of one model, and a test of choices takes items
+of one document as independent; here the same documents are drawn again under both models.
 """
 
 from __future__ import annotations

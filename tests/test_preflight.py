@@ -121,7 +121,7 @@ def test_sizes_in_deepspeeds_file(run: Run, tiny_gemma3: Path, tmp_path: Path) -
     mine = tmp_path / "ds.json"
     mine.write_text(json.dumps(settings | {"train_micro_batch_size_per_gpu": 16}))
     message = refused(run, tiny_gemma3, {"deepspeed": str(mine)})
-    assert "train_micro_batch_size_per_gpu: 16, the recipe comes to 2" in message
+    assert "train_micro_batch_size_per_gpu: 16, the recipe comes to 4" in message
 
 
 def test_all_is_well(run: Run, args: dict, ray) -> None:
