@@ -96,6 +96,7 @@ def train_tiny(storage: Path, corpus: Path, tiny_gemma3: Path):
             recipe = "cpt_cpu.yaml" if kind == "full" else f"cpt_cpu_{kind}.yaml"
             layers = {"freeze_trainable_layers": 1} if kind == "freeze" else {}
             few = {"cutoff_len": 64, "max_steps": 8, "save_steps": 8, "eval_steps": 8}
+            few["per_device_train_batch_size"] = 2
             model = {"model_name_or_path": str(tiny_gemma3), "learning_rate": 5e-3}
             other = {"report_to": "none", "bf16": False}
             pipeline.configure(run, recipe, corpus, model | layers | few | other)

@@ -107,6 +107,7 @@ def recipe(storage: Path, corpus: Path, tiny_gemma3: Path) -> dict[str, Any]:
         "eval_dataset": "handbook_heldout",
         "cutoff_len": 64,
         "max_steps": 12,
+        "per_device_train_batch_size": 2,
         "save_steps": 3,
         "save_total_limit": 2,
         "eval_steps": 6,

@@ -318,7 +318,7 @@ def test_a_job_trains_on_the_cluster_it_was_given(
     assert done.returncode == 0, done.stdout
     assert cluster.ask("/api/jobs/trains")["status"] == "SUCCEEDED"
     run = storage / "as-a-job"
-    assert "trained: 3 steps, 768 tokens, loss" in (said := logs(cluster, "trains")), said
+    assert "trained: 3 steps, 1,536 tokens, loss" in (said := logs(cluster, "trains")), said
     assert (run / "output" / "model.safetensors").is_file()
 
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
