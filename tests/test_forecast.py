@@ -64,7 +64,8 @@ def test_activations_are_those_autograd_keeps(args: dict) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.model(input_ids=torch.zeros(args["per_device_train_batch_size"], 64).long(), use_cache=False)
+        shape = args["per_device_train_batch_size"], args["cutoff_len"]
+        model.model(input_ids=torch.zeros(shape, dtype=torch.long), use_cache=False)
     real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     counted = memory.activations(args, memory.shape_of(args))
     assert counted == pytest.approx(real, rel=0.05)
