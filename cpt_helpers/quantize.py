@@ -59,11 +59,7 @@ def quantize(
             something else.
         AssetError: ``exported`` is no model folder.
     """
-    if scheme not in SCHEMES:
-        raise ExportError(
-            f"unknown scheme '{scheme}'",
-            expected=f"{', '.join(SCHEMES)} ({nearest(scheme, SCHEMES)})",
-        )
+    require(scheme)
     group = _group_of(exported, scheme)
     blocks = _blocks(exported, scheme, texts, samples, block_size)
     made_from = {
@@ -84,6 +80,29 @@ def quantize(
             do="move it away, or give another; nothing was changed",
         )
     return _write(exported, target, made_from, blocks)
+
+
+def require(scheme: str, form: str = "merged") -> None:
+    """Refuses what cannot be quantized by its name alone, before anything is loaded.
+
+    Args:
+        scheme: ``"W8A16"`` or ``"W4A16"``.
+        form: Of the export, as :func:`export.export` takes it.
+
+    Raises:
+        ExportError: The scheme is unknown, or the export is to be an adapter.
+    """
+    if scheme not in SCHEMES:
+        raise ExportError(
+            f"unknown scheme '{scheme}'",
+            expected=f"{', '.join(SCHEMES)} ({nearest(scheme, SCHEMES)})",
+        )
+    if form != "merged":
+        raise ExportError(
+            f"an {form} alone cannot be quantized: the base's weights are not in it",
+            expected="a model that stands alone",
+            do='export it with FORM = "merged"',
+        )
 
 
 def size_of(folder: Path) -> int:

@@ -140,6 +140,8 @@ def test_an_adapter_is_merged_first(tmp_path: Path) -> None:
         assert refused.value.where == str(adapter / "adapter_config.json")
         assert refused.value.expected.startswith("full weights")
         assert 'FORM = "merged" first' in refused.value.do
+    with pytest.raises(ExportError, match="an adapter alone cannot be quantized"):
+        quantize.require("W8A16", "adapter")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 

@@ -203,10 +203,12 @@ def test_held_out_documents_were_not_trained_on(walked: Run) -> None:
 
 
 def test_fewer_bits_are_written_and_the_export_is_registered(walked: Run, results: dict) -> None:
-    (full, domain, general), (fewer, *rounded) = (row[1:] for row in results["export"]["forms"])
-    assert results["export"]["forms"][1][0] == "W8A16" and float(fewer) < float(full)
-    for one, other in zip((domain, general), rounded, strict=True):
-        assert float(other) == pytest.approx(float(one), rel=0.02)
+    full, fewer = results["export"]["forms"]
+    assert (full["weights"], fewer["weights"]) == ("float32", "W8A16")
+    assert fewer["MB"] < full["MB"]
+    for role, value in results["export"]["perplexity"].items():
+        assert full[f"perplexity, {role}"] == value
+        assert fewer[f"perplexity, {role}"] == pytest.approx(value, rel=0.02)
     note = json.loads((walked.folder / "export-w8a16" / quantize.NOTE).read_text())
     assert note["model"] == str(walked.export)
     assert results["export"]["registered"] == 1
