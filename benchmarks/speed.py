@@ -250,8 +250,8 @@ def summary(turns: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     found, said = result["summary"], result["machine"]
     lines = [
-        f"{result['tokens']:,} tokens a step, medians over {len(result['turns'])} turns of "
-        f"{STEADY} steady steps; {result['date']}, {said}. Matrix products alone: "
+        f"{result['tokens']:,} tokens a step, medians of {STEADY} steady steps in each of "
+        f"{len(result['turns'])} turn(s); {result['date']}, {said}. Matrix products alone: "
         f"{found['peak_flops'] / 1e9:.0f} GFLOP/s.",
         "",
         "| | tokens/s | spread | of the peak | mean loss | GiB a process |",
