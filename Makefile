@@ -1,4 +1,4 @@
-# run · test · test-forms · test-faults · bench · bench-growth · bench-step · bench-data · bench-replay · bench-memory · bench-methods · bench-forms · lint · lab: each sets up .venv by itself the first time.
+# run · test · test-forms · test-faults · bench · bench-growth · bench-start · bench-step · bench-data · bench-replay · bench-memory · bench-methods · bench-forms · lint · lab: each sets up .venv by itself the first time.
 PYTHON ?= python3
 RUN ?= cpt-cpu
 CONFIG ?=
@@ -15,7 +15,7 @@ READY := $(VENV)/.ready
 # A folder of wheels, where there is one: pip knows PIP_FIND_LINKS by itself, uv has to be told.
 FIND_LINKS := $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)")
 
-.PHONY: run test test-forms test-faults bench bench-growth bench-step bench-data bench-replay bench-memory bench-methods bench-forms lint lab setup clean
+.PHONY: run test test-forms test-faults bench bench-growth bench-start bench-step bench-data bench-replay bench-memory bench-methods bench-forms lint lab setup clean
 
 ## all six notebooks in order: make run [RUN=name CONFIG=recipe CORPUS=corpus OVERRIDES='{key: value}' …]
 run: $(READY)
@@ -44,7 +44,11 @@ bench: $(READY)
 bench-growth: $(READY)
 	@PYTHONPATH=. $(PY) benchmarks/growth.py
 
-## where a step's time goes, by torch's profiler: two minutes
+## where the time from the launch call to the first step goes: four minutes
+bench-start: $(READY)
+	@PYTHONPATH=. $(PY) benchmarks/start.py
+
+## where a step's time goes, by torch's profiler: three minutes
 bench-step: $(READY)
 	@PYTHONPATH=. $(PY) benchmarks/step.py
 

@@ -301,6 +301,7 @@ def main() -> None:
     parser.add_argument("--storage", default="", help="where the runs lie")
     parser.add_argument("--turns", type=int, default=2)
     given = parser.parse_args()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns of every fork
     from cpt_helpers import config, environment
     from cpt_helpers.run import storage_root
 

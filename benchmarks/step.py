@@ -68,8 +68,13 @@ def main() -> None:
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(WORKERS)]
-    command = [sys.executable, *torchrun, __file__, str(file)]
-    subprocess.run(command, env=os.environ | environment.KEEP_MEMORY | own, check=True)
+    command = [sys.executable, "-W", "ignore", *torchrun, __file__, str(file)]
+    log = folder / "log"
+    with log.open("wb") as out:
+        env = os.environ | environment.KEEP_MEMORY | own
+        done = subprocess.run(command, env=env, stdout=out, stderr=out)
+    if done.returncode:
+        sys.exit(f"the training failed:\n{log.read_text(errors='replace')[-3000:]}")
     path = RESULTS / "step.txt"
     path.write_text(f"{date.today()}, {environment.machine()}\n{path.read_text()}")
     print(path.read_text())

@@ -30,6 +30,9 @@ KEEP_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30),
     "MALLOC_TOP_PAD_": str(256 * 2**20),
 }
+# Ray starts a process a core, and ends those that were idle for a second when a training reserves
+# the cores: just before it asks for them. Read by the raylet of a cluster started here (2.48.0).
+KEEP_READY = {"RAY_idle_worker_killing_time_threshold_ms": "60000"}
 _PIN = re.compile(r"^([A-Za-z0-9_.-]+)(?:\[[^\]]*\])?==([^\s#]+)")
 
 
@@ -181,13 +184,15 @@ def cluster() -> Iterator[Any]:
     address = _address()
     _require_answer(address)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    variables: dict[str, str] = {}
     if address == "local":
         options |= {"include_dashboard": False, "num_cpus": os.cpu_count()}
+        # Not as a runtime environment: Ray would leave the processes it has ready unused for it.
+        variables = KEEP_READY if _has_nvidia() else KEEP_READY | KEEP_MEMORY
     else:
         options["runtime_env"] = {"py_modules": [str(PROJECT / "cpt_helpers")]}
     try:
-        # Not as a runtime environment: Ray would leave the processes it has ready unused for it.
-        with _variables({} if address != "local" or _has_nvidia() else KEEP_MEMORY):
+        with _variables(variables):
             ray.init(address, **options)
     except (ConnectionError, RuntimeError) as error:
         raise _no_answer(address, str(error).splitlines()[0]) from None

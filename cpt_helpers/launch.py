@@ -194,6 +194,7 @@ def _fit(
     )
     try:
         with _quiet(), variables_for_workers(run, args):
+            _no_variables_by_tune()
             trainer.fit()
     except KeyboardInterrupt:
         _stop_workers(run, attempts.began[0])
@@ -208,6 +209,18 @@ def _fit(
     except (TrainingFailedError, RuntimeError, ValueError, OSError) as error:
         said = str(error.__cause__ or error)
         raise failures.readable(run, said, attempts.began) from None
+
+
+def _no_variables_by_tune() -> None:
+    """Keeps Ray Tune (2.48.0) from giving its actor a runtime environment of variables.
+
+    It holds the driver's AWS keys, which Ray writes into its logs; ours reach the workers in
+    another way. And for a runtime environment Ray leaves the processes it has ready unused.
+    """
+    from ray.tune.execution import class_cache
+
+    class_cache.DEFAULT_ENV_VARS = {}
+    class_cache.ENV_VARS_TO_PROPAGATE = set()
 
 
 def _stop_workers(run: Run, launched: float) -> None:

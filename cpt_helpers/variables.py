@@ -21,7 +21,8 @@ def worker_environment(run: Run, args: dict[str, Any]) -> dict[str, str]:
     They reach the workers by :func:`variables_for_workers`, and no file.
     """
     passed = ("HF_TOKEN", "HF_HOME", "HF_HUB_OFFLINE", "HF_HUB_ENABLE_HF_TRANSFER")
-    names = [n for n in os.environ if n in passed or n.startswith(("MLFLOW_", "DATABRICKS_"))]
+    of = ("MLFLOW_", "DATABRICKS_", "AWS_")
+    names = [n for n in os.environ if n in passed or n.startswith(of)]
     variables = worker_variables(args) | {name: os.environ[name] for name in names}
     if "mlflow" in str(args.get("report_to")):
         variables.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{run.mlflow_db}")

@@ -27,8 +27,9 @@ from .streams import redirected
 from .variables import take_variables
 
 # Optional packages that the libraries import where they find them and that no step needs: the
-# driver reports to MLflow, and nothing here is scored with scikit-learn. Seconds of every start.
-_NOT_NEEDED = ("mlflow", "sklearn")
+# driver reports to MLflow, nothing here is scored with scikit-learn, detects objects (what
+# transformers has SciPy for) or, without ``plot_loss``, draws. Seconds of every start.
+_NOT_NEEDED = ("mlflow", "sklearn", "scipy", "matplotlib")
 
 
 def train_loop(config: dict[str, Any]) -> None:
@@ -38,14 +39,15 @@ def train_loop(config: dict[str, Any]) -> None:
         config: ``args`` (the resolved recipe), ``run`` and ``storage`` (whose, where), ``launched``
             (when the driver started this), ``resume`` (the checkpoint it chose, or ``None``).
     """
+    entered = time.time()
     import ray.train
 
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     run = Run(config["run"], Path(config["storage"]))
-    for name in _NOT_NEEDED:
-        sys.modules.setdefault(name, None)
     args = dict(config["args"])
+    for name in _NOT_NEEDED[: 3 if args.get("plot_loss") else 4]:
+        sys.modules.setdefault(name, None)
     with _log_of(rank, run.logs):
         variables = take_variables(run)
         os.environ.update(variables)
@@ -66,6 +68,7 @@ def train_loop(config: dict[str, Any]) -> None:
         gc.freeze()
         torch.serialization.set_crc32_options(False)  # the manifest has a sha256 of every file
         callback.memory_before = throughput.peak_memory()
+        callback.came = {"entered": round(entered, 3), "imported": round(time.time(), 3)}
         _training_function({"args": args, "callbacks": [callback]})
         callback.end()  # the final model is written too
 
@@ -232,6 +235,7 @@ def _make_callback(run: Run, args: dict[str, Any], resumed: dict[str, Any] | Non
             self.measured: tuple[int, dict[str, float]] = (-1, {})  # held-out losses, and when
             self.last = 0.0  # when the trainer last came by: what follows began then
             self.memory_before = 0  # bytes, the libraries loaded and no model
+            self.came: dict[str, float] = {}  # when this worker began, and had imported all
             self.flops_per_token = 0.0
             self.peaks: list[int] = []  # of each rank, when the last step was done
 
@@ -267,6 +271,7 @@ def _make_callback(run: Run, args: dict[str, Any], resumed: dict[str, Any] | Non
                 resumed_from=resumed and str(Path(resumed["path"]).relative_to(run.folder)),
                 flops_per_token=self.flops_per_token,
                 memory_before=self.memory_before,
+                **self.came,
             )
             self.logged = (state.global_step, time.time())
             self.last = time.time()

@@ -43,6 +43,8 @@ CANARIES = {
     "MLFLOW_TRACKING_TOKEN": "canary-of-the-tracking-server",
     "MLFLOW_TRACKING_PASSWORD": "canary-of-a-password",
     "DATABRICKS_TOKEN": "dapi0c0ffee0c0ffee0canary",
+    "AWS_ACCESS_KEY_ID": "AKIA0CANARY0CANARY00",  # Ray Tune would have Ray log these two
+    "AWS_SECRET_ACCESS_KEY": "canary/of/a/key/to/buckets",
 }
 STEPS_TAKEN, BLOCK, WORKERS, MICRO = 12, 64, 2, 2
 

@@ -1,0 +1,107 @@
+"""Where does the time from the launch call to the first step go? ``make bench-start``.
+
+The default recipe for one step, through Ray and ZeRO-3, some turns of it, held-out text not
+measured first. Writes ``benchmarks/results/start.json`` and ``start.md``, and Ray's timeline of the
+last turn, ``start.trace.json`` (not kept), for https://ui.perfetto.dev.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import threading
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+ONE_STEP = {
+    "max_steps": 1,
+    "save_strategy": "no",
+    "eval_strategy": "no",
+    "eval_on_start": False,
+    "report_to": "none",
+}
+PARTS = {
+    "launched": "room, model, Ray started, a look at every node",
+    "entered": "Tune's actor, then the workers, torch imported in each",
+    "imported": "DeepSpeed and LLaMA-Factory imported",
+    "start": "data, tokenizer, model; DeepSpeed sets up",
+}
+
+
+def measured(storage: Path) -> dict[str, float]:
+    """Seconds from the call to each of the parts' ends."""
+    from cpt_helpers import config, launch, pipeline
+    from cpt_helpers.run import Run
+
+    run = Run.open("bench-start", storage)
+    shutil.rmtree(run.folder, ignore_errors=True)
+    pipeline.configure(run, "cpt_cpu.yaml", "", ONE_STEP)
+    args = config.load(run)
+    threading.Thread(target=_timeline, args=[run], daemon=True).start()
+    called = time.time()
+    launch.train(run, args)
+    (start,) = [event for event in run.events() if event["event"] == "start"]
+    launched = json.loads((run.logs / "launched.json").read_text())["launched"][0]
+    shutil.rmtree(run.folder)
+    ends = [launched, start["entered"], start["imported"], start["time"]]
+    return {name: round(end - called, 1) for name, end in zip(PARTS, ends, strict=True)}
+
+
+def _timeline(run: Any) -> None:
+    """Has Ray write down what its processes did, once the training has begun."""
+    import ray
+
+    while not run.events():
+        time.sleep(0.2)
+    ray.timeline(str(RESULTS / "start.trace.json"))
+
+
+def table(result: dict[str, Any]) -> str:
+    turns = result["turns"]
+    lines = [
+        f"Seconds, {len(turns)} turns; {result['date']}, {result['machine']}.",
+        "",
+        "| | " + " | ".join(f"turn {i + 1}" for i in range(len(turns))) + " |",
+        "|---" * (len(turns) + 1) + "|",
+    ]
+    before = [0.0] * len(turns)
+    for name, said in PARTS.items():
+        ends = [turn[name] for turn in turns]
+        took = [f"{end - start:.1f}" for end, start in zip(ends, before, strict=True)]
+        lines.append(f"| {said} | " + " | ".join(took) + " |")
+        before = ends
+    lines.append(
+        "| **to the first step** | " + " | ".join(f"**{t['start']}**" for t in turns) + " |"
+    )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--storage", default="", help="where the run lies")
+    parser.add_argument("--turns", type=int, default=3)
+    given = parser.parse_args()
+    from cpt_helpers import environment
+    from cpt_helpers.run import storage_root
+
+    storage = storage_root(given.storage)
+    RESULTS.mkdir(exist_ok=True)
+    turns = [measured(storage) for _ in range(given.turns)]
+    result = {
+        "date": str(date.today()),
+        "machine": environment.machine(),
+        "turns": turns,
+        "median": statistics.median(turn["start"] for turn in turns),
+    }
+    (RESULTS / "start.json").write_text(json.dumps(result, indent=2) + "\n")
+    (RESULTS / "start.md").write_text(table(result))
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
