@@ -15,15 +15,17 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .assets import sha256
 from .errors import CheckpointError
 from .run import Run, write_json
 
 MANIFEST = "manifest.json"
-_CHUNK = 2**24  # bytes read at once while a file is hashed
+_CHUNK = 2**20  # bytes read at once while a file is copied
 _KINDS = (
     ("_optim_states.pt", "a rank's ZeRO shard: fp32 weights and the optimizer's two moments"),
     ("_model_states.pt", "a rank's engine state: counters, scheduler, shapes"),
@@ -188,23 +190,25 @@ def move_own(written: Path, target: Path, rank: int) -> dict[str, dict[str, Any]
     Returns:
         Each file's ``bytes`` and ``sha256`` by its path inside the checkpoint's folder.
     """
-    moved = {}
-    for source in sorted(path for path in written.rglob("*") if path.is_file()):
-        if _owner(source.name) != rank:
-            continue
-        name = source.relative_to(written)
+    own = [p for p in written.rglob("*") if p.is_file() and _owner(p.name) == rank]
+    names = [path.relative_to(written) for path in own]
+
+    def move(source: Path, name: Path) -> dict[str, Any]:
         place = target / name
         place.parent.mkdir(parents=True, exist_ok=True)
         try:
             source.replace(place)
-            digest = _sha256(place)
+            digest = sha256(place)
         except OSError as error:
             if "cross-device" not in str(error).lower():
                 raise
-            digest = _sha256(source, copy_to=place)
+            digest = _copied(source, place)
             source.unlink()
-        moved[f"{target.name}/{name}"] = {"bytes": place.stat().st_size, "sha256": digest}
-    return moved
+        return {"bytes": place.stat().st_size, "sha256": digest}
+
+    with ThreadPoolExecutor(4) as pool:  # hashing leaves Python's lock free
+        files = list(pool.map(move, own, names))
+    return {f"{target.name}/{name}": file for name, file in zip(names, files, strict=True)}
 
 
 def write_manifest(
@@ -324,7 +328,7 @@ def _fault(path: Path, files: dict[str, dict[str, Any]], *, deep: bool) -> str:
             return f"{name} has {size:,} bytes, not the {file['bytes']:,} that were written"
     for name, file in files.items() if deep else ():
         try:
-            same = _sha256(path / name) == file["sha256"]
+            same = sha256(path / name) == file["sha256"]
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
         if not same:
@@ -350,18 +354,15 @@ def _owner(name: str) -> int:
     return int(named[1]) if named else 0
 
 
-def _sha256(path: Path, copy_to: Path | None = None) -> str:
+def _copied(source: Path, place: Path) -> str:
+    """Copies a file to another file system, to the disk itself; its sha256, read once for both."""
     digest = hashlib.sha256()
-    with contextlib.ExitStack() as stack:
-        source = stack.enter_context(path.open("rb", buffering=0))
-        target = stack.enter_context(copy_to.open("wb")) if copy_to else None
-        while chunk := source.read(_CHUNK):
+    with source.open("rb", buffering=0) as read, place.open("wb") as written:
+        while chunk := read.read(_CHUNK):
             digest.update(chunk)
-            if target:
-                target.write(chunk)
-        if target:
-            target.flush()
-            os.fsync(target.fileno())
+            written.write(chunk)
+        written.flush()
+        os.fsync(written.fileno())
     return digest.hexdigest()
 
 
