@@ -56,7 +56,8 @@ def progress(run: Run, since: float = 0.0) -> tuple[int, int, str]:
     if last["event"] == "start" and start["step"]:
         return start["step"], start["max_steps"], f"going on from step {start['step']}"
     if not steps:
-        return start["step"], start["max_steps"], "measuring held-out text before the first step"
+        measures = "measuring held-out text, then " if start.get("eval_on_start") else ""
+        return start["step"], start["max_steps"], f"{measures}the first step"
     pace = statistics.median(event["seconds"] for event in steps[-5:])
     left = pace * (start["max_steps"] - steps[-1]["step"])
     line = f"loss {steps[-1]['loss']:.3f}, {start['tokens_per_step'] / pace:.0f} tokens/s"
@@ -65,7 +66,8 @@ def progress(run: Run, since: float = 0.0) -> tuple[int, int, str]:
     if left:
         line += f", {int(left // 60)}:{int(left % 60):02d} of steps left"
     elif last["event"] != "save":
-        line += ", measuring held-out text"
+        measures = start.get("eval_strategy") != "no"
+        line += ", measuring held-out text" if measures else ", the final model is being written"
     return steps[-1]["step"], start["max_steps"], line
 
 

@@ -271,6 +271,8 @@ def _make_callback(run: Run, args: dict[str, Any], resumed: dict[str, Any] | Non
                 resumed_from=resumed and str(Path(resumed["path"]).relative_to(run.folder)),
                 flops_per_token=self.flops_per_token,
                 memory_before=self.memory_before,
+                eval_on_start=bool(args.eval_on_start),
+                eval_strategy=str(args.eval_strategy.value),
                 **self.came,
             )
             self.logged = (state.global_step, time.time())

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cpt_helpers import curves, environment, notebook, run
+from cpt_helpers import curves, environment, notebook, run, show
 from cpt_helpers.errors import (
     ParameterError,
     RunExistsError,
@@ -78,6 +78,27 @@ def test_a_trained_run_is_not_given_other_settings(tmp_path: Path) -> None:
     notebook.begin("02_data", **given)
     with pytest.raises(RunExistsError, match="CORPUS was 'news', is now 'ray_docs'"):
         notebook.begin("02_data", **given | {"CORPUS": "ray_docs"})
+
+
+def test_the_progress_line_says_what_is_being_done(tmp_path: Path) -> None:
+    here = run.Run.open("r", tmp_path)
+    here.metrics.parent.mkdir(parents=True, exist_ok=True)
+    begun = {"event": "start", "step": 0, "time": 1.0, "max_steps": 2, "tokens_per_step": 100}
+    step = {"event": "step", "step": 1, "time": 2.0, "seconds": 0.5, "loss": 3.0, "mfu": 0.25}
+    held_out = {"eval_on_start": True, "eval_strategy": "steps"}
+    none = {"eval_on_start": False, "eval_strategy": "no"}
+    for measures, events, said in (
+        ({}, [], "workers are starting (imports, model, data)"),
+        (held_out, [begun], "measuring held-out text, then the first step"),
+        (none, [begun], "the first step"),
+        (none, [begun, step], "loss 3.000, 200 tokens/s, 25% of the peak, 0:00 of steps left"),
+        (held_out, [begun, step, step | {"step": 2}], "measuring held-out text"),
+        (none, [begun, step, step | {"step": 2}], "the final model is being written"),
+        (none, [begun, step, {"event": "end", "step": 2, "time": 3.0}], "trained"),
+    ):
+        lines = [json.dumps(e | (measures if e is begun else {})) + "\n" for e in events]
+        here.metrics.write_text("".join(lines))
+        assert show.progress(here)[2].endswith(said)
 
 
 def test_overrides_in_any_form() -> None:
