@@ -138,7 +138,8 @@ def on_paper(gpus: int) -> dict[str, float]:
 
 def table(result: dict[str, Any]) -> str:
     lines = [
-        f"{TOKENS:,} tokens a step, medians of four; {result['date']}, {result['machine']}.",
+        f"{TOKENS:,} tokens a step, medians of four; {result['date']}, {result['machine']}. "
+        "Four workers share two cores, each counted with a whole core's peak.",
         "",
         "| parameters | workers | tokens a block | tokens/s | of the peak | GiB a worker |",
         "|---|---|---|---|---|---|",

@@ -1,8 +1,8 @@
 """The yardstick: a training loop in plain PyTorch and transformers, nothing else.
 
 ``python benchmarks/plain.py MODEL TOKENISED --steps 6 --blocks 8 --at-once 8`` writes a line of
-JSON for each optimizer step: its seconds and loss. Same model, blocks, batch, precision and
-optimizer as the recipe it is held against; one process, all cores.
+JSON for each optimizer step: its seconds and loss. Same model, blocks in the same order, batch,
+precision, optimizer and learning rates as the recipe it is held against; one process, all cores.
 """
 
 from __future__ import annotations
@@ -21,24 +21,40 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=8, help="in an optimizer step")
     parser.add_argument("--at-once", type=int, default=8, help="in a forward pass")
     parser.add_argument("--learning-rate", type=float, default=2.5e-4)
+    parser.add_argument("--schedule", default="constant", help="as transformers names it")
+    parser.add_argument("--schedule-settings", type=json.loads, default={}, help="JSON")
+    parser.add_argument("--warmup", type=int, default=0, help="steps")
+    parser.add_argument("--seed", type=int, default=42, help="of the blocks' order")
     parser.add_argument("--bf16", action="store_true", help="autocast, weights in fp32")
     given = parser.parse_args()
     import torch
     from datasets import load_from_disk
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, get_scheduler
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(cores or 1)
     model = AutoModelForCausalLM.from_pretrained(given.model, torch_dtype=torch.float32).train()
-    blocks = load_from_disk(given.tokenised)["train"].shuffle(seed=42).with_format("torch")
+    blocks = load_from_disk(given.tokenised)["train"].with_format("torch")
+    # As accelerate's sampler draws them in the first epoch.
+    order = torch.randperm(
+        len(blocks), generator=torch.Generator().manual_seed(given.seed)
+    ).tolist()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=given.learning_rate, weight_decay=0.0, fused=True
+    )
+    schedule = get_scheduler(
+        given.schedule,
+        optimizer,
+        num_warmup_steps=given.warmup,
+        num_training_steps=given.steps,
+        scheduler_specific_kwargs=given.schedule_settings,
     )
     for step in range(given.steps):
         since, loss = time.perf_counter(), 0.0
         first = step * given.blocks
         for start in range(first, first + given.blocks, given.at_once):
-            ids = blocks[start : min(start + given.at_once, first + given.blocks)]["input_ids"]
+            taken = order[start : min(start + given.at_once, first + given.blocks)]
+            ids = blocks[taken]["input_ids"]
             with torch.autocast("cpu", torch.bfloat16, enabled=given.bf16):
                 part = model(input_ids=ids, labels=ids, use_cache=False).loss
             share = part * len(ids) / given.blocks
@@ -46,6 +62,7 @@ def main() -> None:
             loss += share.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
         print(json.dumps({"seconds": time.perf_counter() - since, "loss": loss}), flush=True)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import shutil
 import statistics
@@ -87,14 +88,19 @@ def through_ray(kind: str, turn: int, storage: Path) -> dict[str, Any]:
     return row
 
 
-def plain_copy(folder: Path) -> list[float]:
-    """Seconds of three copies of a checkpoint, beside it, to the same disk."""
-    took = []
-    for _ in range(3):
-        target = folder.parent / "copy"
+def plain_copy(folder: Path) -> dict[str, float]:
+    """Seconds of a copy of a checkpoint, beside it, on the same disk.
+
+    Returns:
+        ``new``: into memory that nothing has used for a while, as a checkpoint finds it; ``again``:
+        into what the removal of the first copy left at hand.
+    """
+    took, target = {}, folder.parent / "copy"
+    for kind, pause in (("new", 10), ("again", 0)):
+        time.sleep(pause)
         since = time.perf_counter()
         shutil.copytree(folder, target)
-        took.append(round(time.perf_counter() - since, 2))
+        took[kind] = round(time.perf_counter() - since, 2)
         shutil.rmtree(target)
     return took
 
@@ -159,6 +165,9 @@ def plain(turn: int, storage: Path) -> dict[str, Any]:
     command = [sys.executable, file, args["model_name_or_path"], args["tokenized_path"]]
     command += ["--steps", str(STEPS), "--blocks", str(blocks), "--at-once", str(blocks)]
     command += ["--learning-rate", str(args["learning_rate"])] + ["--bf16"] * bool(args["bf16"])
+    command += ["--schedule", args["lr_scheduler_type"]]
+    command += ["--schedule-settings", json.dumps(args["lr_scheduler_kwargs"])]
+    command += ["--warmup", str(math.ceil(args["warmup_ratio"] * STEPS))]
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch, "log")
         memory = _alone(command, {}, log, lambda: None)
@@ -234,8 +243,8 @@ def summary(turns: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
             "start_up": statistics.median(row["start_up"] for row in rows),
             "checkpoint_bytes": saves[0]["bytes"],
             "checkpoint_seconds": statistics.median(save["seconds"] for save in saves),
-            "copy_first": statistics.median(save["copies"][0] for save in saves),
-            "copy_again": statistics.median(s for save in saves for s in save["copies"][1:]),
+            "copy_new": statistics.median(save["copies"]["new"] for save in saves),
+            "copy_again": statistics.median(save["copies"]["again"] for save in saves),
         }
     ours = found["default"]["tokens_per_second"]
     return {
@@ -271,7 +280,8 @@ def table(result: dict[str, Any]) -> str:
         f"Our recipe: {'; '.join(ratios)}. From the launch call to the first step "
         f"{ours['start_up']:.0f} s. A checkpoint of {ours['checkpoint_bytes'] / 1e9:.2f} GB holds "
         f"the training up for {ours['checkpoint_seconds']:.1f} s; a plain copy of it takes "
-        f"{ours['copy_first']:.1f} s the first time, {ours['copy_again']:.1f} s again.",
+        f"{ours['copy_new']:.1f} s into new memory, {ours['copy_again']:.1f} s into what another "
+        "copy has just left.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -37,6 +37,7 @@ _KINDS = (
     ("preprocessor_config.json", "how images become tensors"),
     ("processor", "the processor of a multimodal model"),
     ("tokenizer", "the tokenizer"),
+    ("base_model.json", "which weights an adapter was trained on"),
     ("config.json", "the model's or its generation's configuration"),
     ("zero_to_fp32.py", "DeepSpeed's script that gathers fp32 weights from the shards"),
     ("latest", "the name of the folder of shards"),

@@ -18,6 +18,7 @@ from .environment import require_room
 from .errors import CheckpointError, ExportError
 from .models import (
     ADAPTER,
+    BASE,
     base_of,
     config_of,
     copy_processor,
@@ -168,5 +169,7 @@ def _write_adapter(checkpoint: Path, part: Path, dtype: str) -> None:
     if dtype != "auto":
         weights = {name: w.to(getattr(torch, dtype)) for name, w in weights.items()}
     save_file(weights, part / "adapter_model.safetensors", {"format": "pt"})
-    shutil.copy(checkpoint / ADAPTER, part / ADAPTER)
+    for name in (ADAPTER, BASE):
+        if (checkpoint / name).is_file():  # checkpoints of old do not say which base it was
+            shutil.copy(checkpoint / name, part / name)
     AutoTokenizer.from_pretrained(checkpoint).save_pretrained(part)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import subprocess
@@ -12,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from . import tracking
-from .assets import sha256
 from .errors import TrackingError
+from .models import weights_sha256
 from .run import PROJECT, Run
 from .variables import worker_environment
 
@@ -92,7 +91,7 @@ def registered(uri: str, name: str, version: int | None = None) -> tuple[Path, d
             do="run notebook 06_export, or model_registry.register, again",
         )
     folder = Path(chosen.tags["cpt.path"])
-    if _weights(folder) != chosen.tags["cpt.weights"]:
+    if weights_sha256(folder) != chosen.tags["cpt.weights"]:
         raise TrackingError(
             f"'{name}' version {chosen.version} is not what was registered any more",
             where=folder,
@@ -102,19 +101,13 @@ def registered(uri: str, name: str, version: int | None = None) -> tuple[Path, d
     return folder, dict(chosen.tags)
 
 
-def _weights(folder: Path) -> str:
-    """The sha256 of a folder's weights, all files as one; of nothing where there are none."""
-    each = [sha256(path) for path in sorted(folder.glob("*.safetensors"))]
-    return each[0] if len(each) == 1 else hashlib.sha256(" ".join(each).encode()).hexdigest()
-
-
 def _lineage(run: Run, args: dict[str, Any], exported: dict[str, Any]) -> dict[str, str]:
     """Where a model comes from and what it came to, as tags: MLflow's values are short strings."""
     step = run.step_json("03_config")
     recipe = json.loads(step.read_text("utf-8"))["parameters"] if step.is_file() else {}
     tags = {
         "path": exported["path"],
-        "weights": _weights(Path(exported["path"])),
+        "weights": weights_sha256(Path(exported["path"])),
         "run": run.name,
         "recipe": recipe.get("TRAIN_CONFIG", run.train_yaml),
         "base_model": args["model_name_or_path"],

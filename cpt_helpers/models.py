@@ -6,6 +6,7 @@ with a LoRA adapter, which names its base. Nothing of the trainer has a part in 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import hub
+from .assets import sha256
 from .errors import AssetError, ExportError
 from .packing import pack
 from .streams import hushed
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER = "adapter_config.json"  # a folder with this file holds an adapter
+BASE = "base_model.json"  # beside it: which weights it was trained on, as the worker wrote it
 
 
 def load(folder: str | Path, *, dtype: str = "auto") -> tuple[Any, Any]:
@@ -96,7 +99,10 @@ def base_of(folder: Path) -> str:
 
 
 def require_base(folder: Path) -> str:
-    """The base an adapter names, after a look at whether its layers are those of the adapter.
+    """The base an adapter names, after a look at whether it is the one it was trained on.
+
+    Its layers must be as wide as the adapter's, and where the adapter's folder says so, its weights
+    must be the same.
 
     Raises:
         AssetError: The base is not there.
@@ -126,7 +132,33 @@ def require_base(folder: Path) -> str:
                 expected="the model it was trained on",
                 do="correct base_model_name_or_path in adapter_config.json",
             )
+    trained_on = json.loads((folder / BASE).read_text("utf-8")) if (folder / BASE).is_file() else {}
+    if trained_on and Path(base).is_dir() and weights_sha256(Path(base)) != trained_on["sha256"]:
+        raise ExportError(
+            f"the adapter is of another model than '{base}': the same layers, other weights",
+            where=folder / BASE,
+            expected=f"the weights it was trained on, those of '{trained_on['name']}' at that time "
+            f"(sha256 {trained_on['sha256'][:12]}…)",
+            do="correct base_model_name_or_path in adapter_config.json",
+        )
     return base
+
+
+def note_base(folder: Path, base: str, digest: str) -> None:
+    """Writes beside an adapter which weights it was trained on.
+
+    Args:
+        folder: The adapter's.
+        base: The base as the recipe names it.
+        digest: The sha256 of its weights (:func:`weights_sha256`).
+    """
+    (folder / BASE).write_text(json.dumps({"name": base, "sha256": digest}) + "\n", "utf-8")
+
+
+def weights_sha256(folder: Path) -> str:
+    """The sha256 of a folder's weights, all files as one; of nothing where there are none."""
+    each = [sha256(path) for path in sorted(folder.glob("*.safetensors"))]
+    return each[0] if len(each) == 1 else hashlib.sha256(" ".join(each).encode()).hexdigest()
 
 
 def empty(config: Any) -> Any:

@@ -20,7 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from . import checkpoints, resharding, throughput
+from . import checkpoints, models, resharding, throughput
 from .config import global_batch, held_out_of
 from .run import Run
 from .streams import redirected
@@ -235,6 +235,7 @@ def _make_callback(run: Run, args: dict[str, Any], resumed: dict[str, Any] | Non
             self.measured: tuple[int, dict[str, float]] = (-1, {})  # held-out losses, and when
             self.last = 0.0  # when the trainer last came by: what follows began then
             self.memory_before = 0  # bytes, the libraries loaded and no model
+            self.base = ""  # of an adapter: the sha256 of the weights it is trained on
             self.came: dict[str, float] = {}  # when this worker began, and had imported all
             self.flops_per_token = 0.0
             self.peaks: list[int] = []  # of each rank, when the last step was done
@@ -275,6 +276,9 @@ def _make_callback(run: Run, args: dict[str, Any], resumed: dict[str, Any] | Non
                 eval_strategy=str(args.eval_strategy.value),
                 **self.came,
             )
+            base = Path(recipe["model_name_or_path"])
+            if self.rank == 0 and recipe.get("finetuning_type") == "lora" and base.is_dir():
+                self.base = models.weights_sha256(base)
             self.logged = (state.global_step, time.time())
             self.last = time.time()
 
@@ -324,6 +328,7 @@ def _make_callback(run: Run, args: dict[str, Any], resumed: dict[str, Any] | Non
             place = _next_place(run)
             if self.rank == 0:
                 checkpoints.clear(place)
+                self.note_base(written)
             dist.barrier()  # every rank has written its files, and the place is free
             moved = _all_ranks(checkpoints.move_own(written, place / "checkpoint", self.rank))
             files = {name: file for own in moved for name, file in own.items()}
@@ -345,7 +350,12 @@ def _make_callback(run: Run, args: dict[str, Any], resumed: dict[str, Any] | Non
                 return None
             return round(tokens_per_second * self.flops_per_token / self.peak_flops, 4)
 
+        def note_base(self, folder):
+            if self.base:
+                models.note_base(folder, recipe["model_name_or_path"], self.base)
+
         def end(self):
+            self.note_base(run.output)  # the final model is there
             peaks = [throughput.peak_memory(on_gpu), *self.peaks[1:]]
             self.write("end", self.state, memory=peaks)
 

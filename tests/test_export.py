@@ -117,7 +117,7 @@ def test_only_what_is_needed_is_in_it(exports, tiny_gemma3: Path, kind: str, for
     tokenizer = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
     if form == "adapter":
         assert names - {"chat_template.jinja"} == tokenizer | {
-            "adapter_config.json", "adapter_model.safetensors", "export.json",
+            "adapter_config.json", "adapter_model.safetensors", "base_model.json", "export.json",
         }  # fmt: skip
         assert models.base_of(folder) == str(tiny_gemma3)
     else:
@@ -252,6 +252,16 @@ def test_an_adapter_needs_its_own_base(
         refused(ExportError, f"of another model than '{base}'", adapter, target, form=form)
         with pytest.raises(ExportError, match="of another model"):
             models.load(adapter)
+    twin = tmp_path / "twin"  # the same layers, other weights
+    transformers.set_seed(1)
+    same = transformers.AutoConfig.from_pretrained(tiny_gemma3)
+    transformers.AutoModelForCausalLM.from_config(same).save_pretrained(twin)
+    on(twin)
+    refused(ExportError, "the same layers, other weights", adapter, target, form=form)
+    moved = tmp_path / "moved"  # the same weights elsewhere
+    shutil.copytree(tiny_gemma3, moved)
+    on(moved)
+    assert models.base_of(export.export(adapter, target, form=form)) in ("", str(moved))
 
 
 def test_the_same_export_again_is_left_alone(exports) -> None:
