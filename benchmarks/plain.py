@@ -56,8 +56,11 @@ def main() -> None:
             taken = order[start : min(start + given.at_once, first + given.blocks)]
             ids = blocks[taken]["input_ids"]
             with torch.autocast("cpu", torch.bfloat16, enabled=given.bf16):
-                part = model(input_ids=ids, labels=ids, use_cache=False).loss
-            share = part * len(ids) / given.blocks
+                # transformers' trainer divides by all labels, each block's first too
+                items = given.blocks * ids.shape[1]
+                share = model(
+                    input_ids=ids, labels=ids, use_cache=False, num_items_in_batch=items
+                ).loss
             share.backward()
             loss += share.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
