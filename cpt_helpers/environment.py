@@ -30,9 +30,14 @@ KEEP_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30),
     "MALLOC_TOP_PAD_": str(256 * 2**20),
 }
-# Ray starts a process a core, and ends those that were idle for a second when a training reserves
-# the cores: just before it asks for them. Read by the raylet of a cluster started here (2.48.0).
-KEEP_READY = {"RAY_idle_worker_killing_time_threshold_ms": "60000"}
+# For the processes of a Ray (2.48.0) started here. It starts a process a core, and would end those
+# that were idle for a second when a training reserves the cores: just before it asks for them. And
+# its agent looks at every process each five seconds, for a dashboard that is not there: 5 % of a
+# core.
+OWN_RAY = {
+    "RAY_idle_worker_killing_time_threshold_ms": "60000",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
+}
 _PIN = re.compile(r"^([A-Za-z0-9_.-]+)(?:\[[^\]]*\])?==([^\s#]+)")
 
 
@@ -188,7 +193,7 @@ def cluster() -> Iterator[Any]:
     if address == "local":
         options |= {"include_dashboard": False, "num_cpus": os.cpu_count()}
         # Not as a runtime environment: Ray would leave the processes it has ready unused for it.
-        variables = KEEP_READY if _has_nvidia() else KEEP_READY | KEEP_MEMORY
+        variables = OWN_RAY if _has_nvidia() else OWN_RAY | KEEP_MEMORY
     else:
         options["runtime_env"] = {"py_modules": [str(PROJECT / "cpt_helpers")]}
     try:
