@@ -21,9 +21,10 @@ def rank() -> None:
     """One process of the training."""
     import yaml
 
-    from cpt_helpers import worker
+    from cpt_helpers import patches
 
-    worker.join_cpu_group()
+    patches.join_cpu_group()
+    patches.correct_deepspeed(1800)
     from llamafactory.train.tuner import _training_function
     from torch.profiler import ProfilerActivity, profile
     from transformers import TrainerCallback
@@ -45,7 +46,9 @@ def rank() -> None:
                 self.profile.export_chrome_trace(str(RESULTS / "step.trace.json"))
 
     args = yaml.safe_load(Path(sys.argv[1]).read_text("utf-8"))
-    worker._use_own_trainer(None)
+    from cpt_helpers.trainer import use_own_trainer
+
+    use_own_trainer()
     _training_function({"args": args, "callbacks": [Profiled()]})
 
 

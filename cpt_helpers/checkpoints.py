@@ -8,6 +8,7 @@ sha256 and is written last: without it a checkpoint was never finished.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -201,7 +202,7 @@ def move_own(written: Path, target: Path, rank: int) -> dict[str, dict[str, Any]
             source.replace(place)
             digest = sha256(place)
         except OSError as error:
-            if "cross-device" not in str(error).lower():
+            if error.errno != errno.EXDEV:
                 raise
             digest = _copied(source, place)
             source.unlink()

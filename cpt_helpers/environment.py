@@ -252,17 +252,12 @@ def require_workers(
     """
     total, free = ray.cluster_resources(), ray.available_resources()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    on_each = [min(int(n.get(k, 0) / need) for k, need in each.items() if need) for n in nodes]
-    fitting = sum(on_each)
-    if strategy == "STRICT_PACK":
-        fitting = max(on_each, default=0)
-    elif strategy == "STRICT_SPREAD":
-        fitting = sum(room > 0 for room in on_each)
+    fitting = fitting_workers(ray, each, strategy)
     busy = fitting >= workers and any(free.get(k, 0) < need * workers for k, need in each.items())
     if fitting >= workers and not busy:
         return
-    seconds = os.environ.get("CPT_PLACEMENT_TIMEOUT", "900" if grows() or busy else "0")
-    timeout = float(seconds) if wait and (busy or _address() != "local") else 0.0
+    seconds = placement_timeout(900.0 if grows() or busy else 0.0)
+    timeout = seconds if wait and (busy or _address() != "local") else 0.0
     if timeout and _can_be_placed(ray, workers, each, strategy, timeout):
         return
     wanted = ", ".join(f"{need:g} {kind}" for kind, need in each.items())
@@ -281,6 +276,22 @@ def require_workers(
         else f"OVERRIDES = {{'ray_num_workers': {max(fitting, 1)}}}, a smaller "
         "resources_per_worker, or a larger cluster",
     )
+
+
+def fitting_workers(ray: Any, each: dict[str, float], strategy: str = "PACK") -> int:
+    """Workers that fit on the nodes that are alive, busy or not."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    on_each = [min(int(n.get(k, 0) / need) for k, need in each.items() if need) for n in nodes]
+    if strategy == "STRICT_PACK":
+        return max(on_each, default=0)
+    if strategy == "STRICT_SPREAD":
+        return sum(room > 0 for room in on_each)
+    return sum(on_each)
+
+
+def placement_timeout(default: float = 900.0) -> float:
+    """Seconds to wait for workers to be placed: ``CPT_PLACEMENT_TIMEOUT``, else the default."""
+    return float(os.environ.get("CPT_PLACEMENT_TIMEOUT", default))
 
 
 def grows() -> bool:

@@ -70,6 +70,14 @@ class TrainingError(CptError):
     """Training that ended in a worker's failure."""
 
 
+class WeightsError(TrainingError):
+    """Weights in memory or in an export that differ from the files they come from."""
+
+
+class DivergedError(TrainingError):
+    """Training whose loss or gradient is no longer a usable number."""
+
+
 class Interrupted(TrainingError):
     """Training that was stopped by hand; it can go on."""
 

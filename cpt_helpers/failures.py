@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from . import checkpoints
 from .environment import in_words
-from .errors import CptError, StorageError, TrainingError
+from .errors import CptError, DivergedError, StorageError, TrainingError, WeightsError
 from .run import Run
 
 # What a rank says when another one is gone: no cause, but its consequence.
@@ -20,8 +21,11 @@ _CONSEQUENCES = (
     "DistNetworkError",
     "gloo",
     "NCCL",
+    "nccl",  # ncclRemoteError: «… or a remote process exiting prematurely»
+    "remote process",
     "Timed out",
 )
+_NEVER_RETRIED = ("DivergedError", "WeightsError")  # a restart has the same result
 _TIMED_OUT = ("Timed out", "timed out", "Timeout(ms)", "Watchdog caught collective")
 _LITTLE = 2**20  # bytes with which no training goes on
 _FULL = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing")
@@ -60,7 +64,9 @@ class Cause:
             self.sentence = "a worker hung: the others waited for it as long as ddp_timeout says"
         elif silent:
             one = "one of " if len(silent) > 1 else ""
-            self.sentence = f"{one}{names} ended without a word: killed, or out of memory"
+            self.sentence = (
+                f"{one}{names} exited without an error message: killed, or out of memory"
+            )
         else:
             self.sentence = "a worker was lost"
 
@@ -73,12 +79,14 @@ class Cause:
         """
         if self.log is None:  # no rank began: lost on the way, or never able to
             return "died" not in said.lower()
-        return self.full or bool(self.reason and not trained)
+        certain = any(name in self.reason for name in _NEVER_RETRIED)
+        return self.full or certain or bool(self.reason and not trained)
 
 
-def cause_of(run: Run, since: float) -> Cause:
+def cause_of(run: Run, attempt: str) -> Cause:
+    """Why an attempt failed; ``attempt`` is the name in the header of its ranks' logs."""
     logs = sorted(run.logs.glob("rank-*.log"))
-    cause = Cause([log for log in logs if log.stat().st_mtime >= since])
+    cause = Cause([log for log in logs if f", attempt {attempt}," in _last_header(log)])
     # On a full storage the logs cannot say so: they are on it.
     free = shutil.disk_usage(run.storage).free + checkpoints.unfinished_bytes(run)
     cause.full |= free < (last_save(run) or _LITTLE)
@@ -90,9 +98,12 @@ def last_save(run: Run) -> int:
     return next((e["bytes"] for e in reversed(run.events()) if e["event"] == "save"), 0)
 
 
-def readable(run: Run, said: str, began: list[float]) -> CptError:
+def readable(run: Run, said: str, attempts: list[str]) -> CptError:
     """A failed training as one error: the first cause a rank named, its last lines, its log."""
-    cause = cause_of(run, began[-1])
+    cause = cause_of(run, attempts[-1])
+    for event in run.events():
+        if event["event"] == "diverged" and event.get("attempt") in attempts:
+            return _diverged(run, event)
     if cause.log is None:
         return TrainingError(
             f"the workers could not be started: {_last_line(said)}",
@@ -111,13 +122,33 @@ def readable(run: Run, said: str, began: list[float]) -> CptError:
             do="make room and give the same command again: it goes on from the newest whole "
             "checkpoint",
         )
-    tried = f" ({len(began)} attempts)" if len(began) > 1 else ""
-    return TrainingError(
+    tried = f" ({len(attempts)} attempts)" if len(attempts) > 1 else ""
+    kind = WeightsError if "WeightsError" in cause.reason else TrainingError
+    return kind(
         f"training failed in a worker{tried}: {cause.reason or cause.sentence}",
         where=where,
-        do="mend the cause and run this again: it goes on from the newest checkpoint "
+        do="fix the cause and run this again: it resumes from the newest checkpoint "
         "(a change of the recipe needs a new RUN_NAME)",
     )
+
+
+def _diverged(run: Run, event: dict[str, Any]) -> DivergedError:
+    """A training that was stopped because its numbers were no longer usable."""
+    whole = [c for c in checkpoints.listing(run, deep=False) if c.whole and c.step < event["step"]]
+    good = f"step {whole[-1].step}, {whole[-1].path}" if whole else "none"
+    return DivergedError(
+        f"the training diverged at step {event['step']}, on rank {event['rank']}: "
+        f"{event['reason']}",
+        where=f"{run.logs}/rank-{event['rank']}.log\nlast good checkpoint: {good}",
+        expected="a loss above 0 and a gradient norm up to 1e6, both finite",
+        do="train under another RUN_NAME with a lower learning_rate, a longer warm-up or a lower "
+        "max_grad_norm; look at the documents of that step if it happens again",
+    )
+
+
+def _last_header(log: Path) -> str:
+    headers = re.findall(r"^--- rank \d+, .*$", log.read_text("utf-8", errors="replace"), re.M)
+    return headers[-1] if headers else ""
 
 
 def last_attempt(log: Path) -> list[str]:

@@ -15,6 +15,8 @@ import shutil
 import statistics
 import threading
 import time
+import uuid
+from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,9 +32,10 @@ from . import (
 )
 from .errors import CptError, Interrupted, TrainingError
 from .run import Run
-from .variables import variables_for_workers
+from .variables import handed_to_workers, set_variables
 
 RETRIES = 3  # restarts after a failure, by default
+_SETTLE_SECONDS = 30.0  # until a shared storage shows the driver what a worker wrote last
 
 
 def train(
@@ -83,9 +86,10 @@ def train(
             preflight.placement(ray, args, wait=True)
             preflight.raise_if_wrong(preflight.nodes(run, args, ray))
             run.logs.mkdir(parents=True, exist_ok=True)
-            attempts = _Attempts(run, retries, time.time())
-            with show.follow(run, attempts.began), tracking.mirrored(run, args):
+            attempts = _Attempts(run, args, retries, ray)
+            with show.follow(run, attempts.names), tracking.mirrored(run, args):
                 _fit(run, args, resumed, attempts)
+                _wait_for_end(run)
         shutil.rmtree(run.folder / "universal", ignore_errors=True)
     return summary(run)
 
@@ -126,7 +130,9 @@ def summary(run: Run) -> dict[str, Any]:
         "mfu": _median_of(steps, "mfu"),
         "peak_memory": max([*(end.get("memory") or [0]), *(s.get("memory") or 0 for s in steps)]),
         "seconds": round(end["time"] - launched[0], 1),
-        "seconds_to_first_step": round(first - max(t for t in launched if t < first), 1),
+        "seconds_to_first_step": round(
+            first - max((t for t in launched if t < first), default=launched[-1]), 1
+        ),
         "workers": starts[-1]["world_size"],
         "zero_stage": starts[-1]["zero_stage"],
         "optimizer": starts[-1]["optimizer"],
@@ -141,6 +147,13 @@ def summary(run: Run) -> dict[str, Any]:
 def _median_of(steps: list[dict[str, Any]], key: str) -> float | None:
     values = [step[key] for step in steps if step.get(key) is not None]
     return statistics.median(values) if values else None
+
+
+def _wait_for_end(run: Run) -> None:
+    """Waits until the storage shows that the training ended: NFS and FUSE mounts may lag."""
+    until = time.monotonic() + _SETTLE_SECONDS
+    while run.state != "complete" and time.monotonic() < until:
+        time.sleep(0.5)
 
 
 def _resources(args: dict[str, Any]) -> dict[str, float]:
@@ -159,7 +172,7 @@ def _fit(
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.base_trainer import TrainingFailedError
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
     from .worker import train_loop
 
@@ -171,8 +184,6 @@ def _fit(
             "args": args,
             "run": run.name,
             "storage": str(run.storage),
-            "launched": attempts.began[0],
-            "resume": resumed.handle() if resumed else None,
         },
         scaling_config=ScalingConfig(
             num_workers=args.get("ray_num_workers", 1),
@@ -181,9 +192,7 @@ def _fit(
             use_gpu=on_gpu,
             placement_strategy=args.get("placement_strategy", "PACK"),
         ),
-        torch_config=TorchConfig(
-            backend="nccl" if on_gpu else "gloo", timeout_s=args.get("ddp_timeout", 1800)
-        ),
+        torch_config=_torch_config(run, "nccl" if on_gpu else "gloo", args),
         run_config=RunConfig(
             name=run.name,
             storage_path=str(run.storage),
@@ -193,11 +202,12 @@ def _fit(
         ),
     )
     try:
-        with _quiet(), variables_for_workers(run, args):
+        with _quiet(), handed_to_workers(run, args) as hand_over:
+            attempts.begin(hand_over, resumed)
             _no_variables_by_tune()
             trainer.fit()
     except KeyboardInterrupt:
-        _stop_workers(run, attempts.began[0])
+        _stop_workers(run, attempts.names)
         done = [event["step"] for event in run.events() if event["event"] == "step"]
         raise Interrupted(
             f"the training of '{run.name}' was stopped by hand at step {max(done, default=0)}",
@@ -208,7 +218,30 @@ def _fit(
         raise
     except (TrainingFailedError, RuntimeError, ValueError, OSError) as error:
         said = str(error.__cause__ or error)
-        raise failures.readable(run, said, attempts.began) from None
+        raise failures.readable(run, said, attempts.names) from None
+
+
+def _torch_config(run: Run, backend: str, args: dict[str, Any]) -> Any:
+    """Ray's process group, made after the workers have their variables.
+
+    torch and NCCL read some variables when they are imported, or when the group is made.
+    """
+    from ray.train.torch import TorchConfig
+    from ray.train.torch.config import _TorchBackend
+
+    name, storage = run.name, str(run.storage)
+
+    class Backend(_TorchBackend):
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            worker_group.execute(set_variables, name, storage)
+            super().on_start(worker_group, backend_config)
+
+    class Config(TorchConfig):
+        @property
+        def backend_cls(self) -> type:
+            return Backend
+
+    return Config(backend=backend, timeout_s=args.get("ddp_timeout", 1800))
 
 
 def _no_variables_by_tune() -> None:
@@ -223,9 +256,9 @@ def _no_variables_by_tune() -> None:
     class_cache.ENV_VARS_TO_PROPAGATE = set()
 
 
-def _stop_workers(run: Run, launched: float) -> None:
-    """Ends the workers of a training that was stopped by hand, in a session that goes on."""
-    starts = [e for e in run.events() if e["event"] == "start" and e["time"] >= launched]
+def _stop_workers(run: Run, attempts: list[str]) -> None:
+    """Ends the workers of a training that was stopped by hand, in a session that continues."""
+    starts = [e for e in run.events() if e["event"] == "start" and e.get("attempt") in attempts]
     at = hands() if starts else {}
     for rank in starts[-1]["ranks"] if starts else ():
         with contextlib.suppress(Exception):  # it has ended already
@@ -266,36 +299,73 @@ def kill(rank: dict[str, Any], at: dict[str, Any]) -> None:
 
 
 class _Attempts:
-    """How often a training was begun, when, and whether to begin it once more."""
+    """The launch of a training and its restarts: their names, and whether to restart once more.
 
-    def __init__(self, run: Run, retries: int, launched: float) -> None:
-        self.run, self.retries = run, retries
-        self.began = [launched]  # the launch, then each restart
+    Attributes:
+        names: The launch, then each restart. Workers mark their records and logs with them, so that
+            the clocks of two machines are never compared.
+    """
+
+    def __init__(self, run: Run, args: dict[str, Any], retries: int, ray: Any) -> None:
+        self.run, self.args, self.retries, self.ray = run, args, retries, ray
+        self.launch = uuid.uuid4().hex[:8]
+        self.names = [f"{self.launch}.0"]
+        self.hand_over: Callable[..., None] = lambda *_: None
+        self.waiting = 0.0  # when workers that do not fit on the cluster were first waited for
+        self.looked = 0.0
         path = run.logs / "launched.json"
         before = json.loads(path.read_text())["launched"] if path.is_file() else []
-        path.write_text(json.dumps({"launched": [*before, launched]}))
+        path.write_text(json.dumps({"launched": [*before, time.time()]}))
+
+    def begin(self, hand_over: Callable[..., None], resumed: checkpoints.Checkpoint | None) -> None:
+        """Hands the workers of the current attempt the checkpoint that they resume from."""
+        self.hand_over = hand_over
+        hand_over(self.names[-1], resumed.handle() if resumed else None)
 
     def failed(self, said: str) -> None:
         """Called when Ray is about to restart the workers.
+
+        The checkpoint to resume from is chosen and read here: the workers would wait for that in a
+        collective, which has a time-out.
 
         Args:
             said: What Ray gives as the reason.
 
         Raises:
             TrainingError: They would only fail again.
+            CheckpointError: No finished checkpoint is whole.
         """
-        trained = any(
-            event["event"] == "start" and event["time"] >= self.began[-1]
-            for event in self.run.events()
-        )
-        cause = failures.cause_of(self.run, self.began[-1])
-        if cause.hopeless(said, trained=trained):
-            raise failures.readable(self.run, said, self.began)
+        cause = failures.cause_of(self.run, self.names[-1])
+        if cause.hopeless(said, trained=self._started()):
+            raise failures.readable(self.run, said, self.names)
         show.say(
-            f"{cause.sentence}; restart {len(self.began)} of {self.retries} "
+            f"{cause.sentence}; restart {len(self.names)} of {self.retries} "
             "from the newest whole checkpoint"
         )
-        self.began.append(time.time())
+        self.names.append(f"{self.launch}.{len(self.names)}")
+        self.begin(self.hand_over, checkpoints.latest(self.run, show.say))
+
+    def require_placement(self) -> None:
+        """Called again and again: limits how long a restart waits for nodes that were lost.
+
+        Raises:
+            UnreadyError: The workers have not fitted on the cluster for as long as the start waits.
+        """
+        if len(self.names) == 1 or time.monotonic() - self.looked < 5:
+            return
+        self.looked = time.monotonic()
+        if preflight.fits(self.ray, self.args) or self._started():
+            self.waiting = 0.0
+        elif not self.waiting:
+            self.waiting = self.looked
+            seconds = environment.placement_timeout()
+            show.say(f"nodes were lost: waiting up to {seconds:.0f} s for room for the workers")
+        elif self.looked - self.waiting > environment.placement_timeout():
+            preflight.placement(self.ray, self.args)
+
+    def _started(self) -> bool:
+        starts = [event for event in self.run.events() if event["event"] == "start"]
+        return any(event.get("attempt") == self.names[-1] for event in starts)
 
 
 def _tune_callback(attempts: _Attempts) -> Any:
@@ -304,6 +374,9 @@ def _tune_callback(attempts: _Attempts) -> Any:
     class Restarts(Callback):
         def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
             attempts.failed(str(trial.get_error() or ""))
+
+        def on_step_begin(self, iteration: int, trials: Any, **info: Any) -> None:
+            attempts.require_placement()
 
     return Restarts()
 

@@ -132,9 +132,7 @@ def placement(ray: Any, args: dict[str, Any], *, wait: bool = False) -> str:
     Raises:
         UnreadyError: It has not.
     """
-    workers = args.get("ray_num_workers", 1)
-    each = {kind: float(n) for kind, n in (args.get("resources_per_worker") or {"GPU": 1}).items()}
-    strategy = args.get("placement_strategy", "PACK")
+    workers, each, strategy = _asked(args)
     asked = f"{workers} workers with {', '.join(f'{n:g} {kind}' for kind, n in each.items())} each"
     try:
         environment.require_workers(ray, workers, each, strategy=strategy, wait=wait)
@@ -143,6 +141,18 @@ def placement(ray: Any, args: dict[str, Any], *, wait: bool = False) -> str:
             raise
         return f"{asked}: not now, and this cluster starts nodes when they are asked for"
     return asked
+
+
+def _asked(args: dict[str, Any]) -> tuple[int, dict[str, float], str]:
+    """Workers, what each asks for, and how they are placed."""
+    each = {kind: float(n) for kind, n in (args.get("resources_per_worker") or {"GPU": 1}).items()}
+    return args.get("ray_num_workers", 1), each, args.get("placement_strategy", "PACK")
+
+
+def fits(ray: Any, args: dict[str, Any]) -> bool:
+    """Whether the nodes that are alive have room for the workers, whatever runs on them now."""
+    workers, each, strategy = _asked(args)
+    return environment.fitting_workers(ray, each, strategy) >= workers
 
 
 def enough_memory(ray: Any, args: dict[str, Any]) -> str:

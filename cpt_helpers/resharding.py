@@ -6,8 +6,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from .checkpoints import Checkpoint
+from .environment import require_room
 from .errors import CheckpointError
 from .run import Run
 
@@ -34,6 +36,9 @@ def universal(run: Run, checkpoint: Checkpoint, world_size: int) -> Path:
     if (folder / "latest_universal").is_file():
         return folder
     shutil.rmtree(folder.parent, ignore_errors=True)
+    states = sum(path.stat().st_size for path in shards.glob("*_optim_states.pt"))
+    # The converter writes every slice, then the merged states next to them.
+    require_room(run.storage, 2 * states / 2**30, "room to convert the checkpoint's shards")
     part = folder.with_name(f".{folder.name}")
     part.mkdir(parents=True)
     converted = part / f"{shards.name}_universal"
@@ -60,6 +65,15 @@ def universal(run: Run, checkpoint: Checkpoint, world_size: int) -> Path:
 def universal_folder(run: Run, step: int, world_size: int) -> Path:
     """Where a checkpoint lies that was converted for another number of ranks."""
     return run.folder / "universal" / f"step-{step}-for-{world_size}"
+
+
+def settings_for_universal(settings: dict[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's settings to load a universal checkpoint.
+
+    DeepSpeed 0.16.9 fills a ZeRO-3 optimizer's first sub-group only, so there must be only one.
+    """
+    zero = settings.get("zero_optimization", {}) | {"sub_group_size": 10**12}
+    return settings | {"zero_optimization": zero, "checkpoint": {"load_universal": True}}
 
 
 def _require_convertible(checkpoint: Checkpoint, shards: Path, world_size: int) -> None:

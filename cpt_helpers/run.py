@@ -225,7 +225,11 @@ def _read_events(path: Path) -> Iterator[dict[str, Any]]:
         except json.JSONDecodeError:  # the line being written this moment, or at a crash
             continue
         if event["event"] == "start":  # a resumed run goes back to its checkpoint's step
-            events = [e for e in events if e["event"] == "start" or 0 < event["step"] >= e["step"]]
+            events = [
+                e
+                for e in events
+                if e["event"] in ("start", "diverged") or 0 < event["step"] >= e["step"]
+            ]
         events.append(event)
     yield from events
 

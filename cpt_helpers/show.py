@@ -34,17 +34,17 @@ def table(rows: Iterable[Any], columns: Iterable[str] | None = None) -> DataFram
     return pd.DataFrame(rows, columns=columns, index=[""] * len(rows))
 
 
-def progress(run: Run, since: float = 0.0) -> tuple[int, int, str]:
+def progress(run: Run, attempt: str = "") -> tuple[int, int, str]:
     """Where a training is: steps done, steps in all, and a line about it.
 
     Args:
         run: Whose.
-        since: When this attempt began; what was before it is not progress.
+        attempt: The name of the current launch or restart; before it starts, nothing progresses.
     """
     events = run.events()
     starts = [event for event in events if event["event"] == "start"]
     steps = [event for event in events if event["event"] == "step"]
-    if not starts or starts[-1]["time"] < since:
+    if not starts or (attempt and starts[-1].get("attempt") != attempt):
         done, of = (steps[-1]["step"], starts[-1]["max_steps"]) if steps else (0, 0)
         return done, of, "workers are starting (imports, model, data)"
     start = starts[-1]
@@ -79,12 +79,12 @@ def say(line: str) -> None:
 
 
 @contextmanager
-def follow(run: Run, began: list[float]) -> Iterator[None]:
+def follow(run: Run, attempts: list[str]) -> Iterator[None]:
     """Shows a training's progress while the block runs: one line that changes.
 
     Args:
         run: Whose.
-        began: When its attempts began; a restart adds to it.
+        attempts: The names of its launch and restarts; a restart adds to it.
     """
     done = threading.Event()
     show, close = _display()
@@ -94,7 +94,7 @@ def follow(run: Run, began: list[float]) -> Iterator[None]:
 
         since = time.time()
         while not done.wait(_POLL_SECONDS):
-            step, steps, line = progress(run, began[-1])
+            step, steps, line = progress(run, attempts[-1])
             bar = tqdm.format_meter(
                 step, steps or 1, time.time() - since, ncols=40, bar_format="{l_bar}{bar}|"
             )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from .checks import worker_variables
@@ -32,32 +33,47 @@ def worker_environment(run: Run, args: dict[str, Any]) -> dict[str, str]:
 
 
 @contextmanager
-def variables_for_workers(run: Run, args: dict[str, Any]) -> Iterator[None]:
-    """Lays the workers' variables into the memory of Ray's head while the block runs.
+def handed_to_workers(run: Run, args: dict[str, Any]) -> Iterator[Callable[..., None]]:
+    """Hands values to the workers through the memory of Ray's head while the block runs.
 
     As part of the training's configuration they would be written to ``params.json`` and
-    ``params.pkl`` beside the checkpoints, as a runtime environment into Ray's logs.
+    ``params.pkl`` next to the checkpoints, as a runtime environment into Ray's logs.
+
+    Yields:
+        A function that hands over ``attempt`` (the name of a launch or restart) and ``resume`` (the
+        checkpoint to resume from, or ``None``), together with the workers' variables.
     """
     from ray.experimental import internal_kv
 
-    variables = json.dumps(worker_environment(run, args)).encode()
     key = str(run.folder).encode()
-    internal_kv._internal_kv_put(key, variables, overwrite=True, namespace=VARIABLES)
+
+    def hand_over(attempt: str, resume: dict[str, Any] | None) -> None:
+        variables = worker_environment(run, args)
+        values = {"variables": variables, "attempt": attempt, "resume": resume}
+        internal_kv._internal_kv_put(
+            key, json.dumps(values).encode(), overwrite=True, namespace=VARIABLES
+        )
+
     try:
-        yield
+        yield hand_over
     finally:
         internal_kv._internal_kv_del(key, namespace=VARIABLES)
 
 
-def take_variables(run: Run) -> dict[str, str]:
-    """In a worker: the variables the driver laid down for this run.
+def take_over(run: Run) -> dict[str, Any]:
+    """In a worker: the ``variables``, ``attempt`` and ``resume`` that the driver handed over.
 
     Raises:
         TrackingError: There are none: the driver has ended.
     """
     from ray.experimental import internal_kv
 
-    laid = internal_kv._internal_kv_get(str(run.folder).encode(), namespace=VARIABLES)
-    if laid is None:
+    handed = internal_kv._internal_kv_get(str(run.folder).encode(), namespace=VARIABLES)
+    if handed is None:
         raise TrackingError("the driver of this training has ended", where=run.folder)
-    return json.loads(laid)
+    return json.loads(handed)
+
+
+def set_variables(run: str, storage: str) -> None:
+    """In a worker, before torch is imported: sets the variables that the driver handed over."""
+    os.environ.update(take_over(Run(run, Path(storage)))["variables"])

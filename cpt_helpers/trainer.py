@@ -1,0 +1,87 @@
+"""LLaMA-Factory's trainer for pre-training, corrected, and stopped when a training diverges.
+
+Only workers import this module: it loads torch and LLaMA-Factory.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from llamafactory.train.pt import workflow
+from llamafactory.train.pt.trainer import CustomTrainer
+
+from .callback import RunCallback
+
+LARGEST_NORM = 1e6  # of the gradient; healthy runs stay below 100
+
+
+class CptTrainer(CustomTrainer):
+    """Corrects LLaMA-Factory 0.9.3 and transformers 4.52.4 in five places.
+
+    - Parameter groups with the same settings become one, and empty groups are dropped. DeepSpeed
+      0.16.9 drops empty ones by itself; under LoRA torch 2.13 then fails with «zip() argument 2 is
+      longer than argument 1». DeepSpeed's universal checkpoints need a single group.
+    - Resumed from the last step's checkpoint, transformers would train one more step.
+    - LLaMA-Factory saves a multimodal model's processor after all callbacks; ours comes last.
+    - A loss that is not finite, or exactly 0, stops the training. transformers would log the mean
+      of the losses before.
+    - A gradient norm that is not finite, or beyond :data:`LARGEST_NORM`, stops the training.
+    """
+
+    def _callback(self) -> Any:
+        callbacks = self.callback_handler.callbacks
+        return next((c for c in callbacks if isinstance(c, RunCallback)), None)
+
+    def create_optimizer(self) -> Any:
+        optimizer = super().create_optimizer()
+        merge_groups(optimizer)
+        return optimizer
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        own = self._callback()
+        self.callback_handler.callbacks.sort(key=lambda other: other is own)
+        return super().train(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().training_step(*args, **kwargs)
+        value = loss.item()
+        if value == 0 or not math.isfinite(value):
+            self._callback().diverged(self.state.global_step + 1, f"the loss is {value:g}")
+        return loss
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        # Called once after each optimizer step, before that step's checkpoint is written.
+        norm = 0.0 if grad_norm is None else float(grad_norm)
+        # DeepSpeed reports -1 for a norm that is not finite. Under fp16, loss scaling skips such
+        # steps.
+        if not 0 <= norm <= LARGEST_NORM and not self.args.fp16:
+            found = f"{norm:g}" if norm > LARGEST_NORM else "not finite"
+            self._callback().diverged(self.state.global_step, f"the gradient norm is {found}")
+        return super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+
+def use_own_trainer() -> None:
+    """Makes LLaMA-Factory's pre-training workflow build a :class:`CptTrainer`."""
+    workflow.CustomTrainer = CptTrainer
+
+
+def merge_groups(optimizer: Any) -> None:
+    """Makes one parameter group of those with the same settings; drops empty ones."""
+    merged: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        settings = {key: value for key, value in group.items() if key != "params"}
+        alike = [g for g in merged if {k: v for k, v in g.items() if k != "params"} == settings]
+        if alike:
+            alike[0]["params"] = [*alike[0]["params"], *group["params"]]
+        elif group["params"]:
+            merged.append(group)
+    optimizer.param_groups[:] = merged

@@ -1,0 +1,137 @@
+"""Trains many tiny models in a row: the libraries are imported once, each rank is a fork.
+
+``python -m forked JOBS``, where JOBS is a JSON file of a list of ``{"run", "storage", "workers",
+"args", "before"}``. Each rank runs :func:`cpt_helpers.worker.train_rank`, as Ray's workers do; what
+Ray does around it is tested elsewhere. ``before`` names functions of this module that each rank
+calls first. Prints a line of JSON per job: its exit codes and seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+SECONDS = 120  # a job may take
+
+
+def main() -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import llamafactory.train.tuner  # noqa: F401
+
+    import cpt_helpers.callback
+    import cpt_helpers.trainer
+    import cpt_helpers.worker  # noqa: F401
+
+    for job in json.loads(Path(sys.argv[1]).read_text("utf-8")):
+        since = time.monotonic()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        children = [_fork(job, rank, port) for rank in range(job["workers"])]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        print(json.dumps([job["run"], codes, round(time.monotonic() - since, 1)]), flush=True)
+
+
+def _fork(job: dict[str, Any], rank: int, port: int) -> int:
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        _rank(job, rank, port)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _rank(job: dict[str, Any], rank: int, port: int) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from cpt_helpers import patches, streams, worker
+    from cpt_helpers.run import Run
+
+    run = Run(job["run"], Path(job["storage"]))
+    run.logs.mkdir(parents=True, exist_ok=True)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(job.get("local_rank", rank)),
+        "WORLD_SIZE": str(job["workers"]),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    with streams.redirected(run.logs / f"rank-{rank}.log"):
+        try:
+            dist.init_process_group("gloo", timeout=timedelta(seconds=SECONDS))
+            for name in job.get("before", ()):
+                globals()[name]()
+            patches.join_cpu_group()
+            worker.train_rank(run, job["args"], job.get("resume"), {"attempt": "forked.0"})
+        except BaseException:
+            traceback.print_exc()
+            raise
+
+
+def lazily() -> None:
+    """Has every asynchronous collective done only when it is waited for.
+
+    That is what an asynchronous operation promises, and all that it promises: code that reads a
+    result without waiting for it trains on garbage, every time.
+    """
+    import torch.distributed as dist
+
+    class Lazy:
+        def __init__(self, act: Any) -> None:
+            self.act, self.done = act, False
+
+        def wait(self, *_: Any) -> bool:
+            if not self.done:
+                self.act()
+                self.done = True
+            return True
+
+    for name in ("all_gather_into_tensor", "all_gather", "all_reduce", "broadcast"):
+        eager = getattr(dist, name)
+
+        def call(*args: Any, eager: Any = eager, async_op: bool = False, **kwargs: Any) -> Any:
+            if async_op:
+                return Lazy(lambda: eager(*args, **kwargs))
+            return eager(*args, **kwargs)
+
+        setattr(dist, name, call)
+
+
+def lazily_without_waiting() -> None:
+    """The same, with DeepSpeed as it is: it waits for the last of several gathers only."""
+    from cpt_helpers import patches
+
+    lazily()
+    patches.wait_for_every_gather = lambda: None
+
+
+def own_checkpoints() -> None:
+    """Puts checkpoints where Ray would, without Ray."""
+    from cpt_helpers import callback
+
+    def next_checkpoint(run: Any) -> Path:
+        trial = run.folder / "TorchTrainer_forked"
+        return trial / f"checkpoint_{len(list(trial.glob('checkpoint_*'))):06d}"
+
+    callback._next_checkpoint = next_checkpoint
+    callback._register = lambda *_: None
+
+
+if __name__ == "__main__":
+    main()
