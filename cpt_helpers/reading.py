@@ -13,8 +13,8 @@ from typing import Any
 from . import cleaning
 from .cleaning import Part, Tally
 from .errors import DataError
+from .files import Shard
 from .forms import Record
-from .sources import Shard
 
 _CHUNK, _RECORDS = 4_000_000, 10_000  # characters, and records, a process takes at once
 
