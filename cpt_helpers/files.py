@@ -201,8 +201,9 @@ def _read_file(fs: Any, name: str, column: str, given: str, web: bool) -> Iterat
 
 
 def first_line(error: Exception) -> str:
-    if isinstance(error, TimeoutError) and error.errno is None:  # not the system's
-        return f"the server sent nothing for {TIMEOUT:.0f} s"
+    for cause in (error, error.__context__):  # s3fs fails once more while it handles one
+        if isinstance(cause, TimeoutError) and cause.errno is None:  # not the system's
+            return "the server stopped sending data"
     return (str(error).splitlines() or [""])[0][:300] or type(error).__name__
 
 
