@@ -324,7 +324,7 @@ def _too_many(source: Source, rejects: Tally, records: int, tolerate: float) -> 
         f"{tolerate:.1%} that are tolerated",
         where="\n".join([*counts, *examples[:5], f"in {source.given}"]),
         expected=f"at most {int(tolerate * records):,}",
-        do="mend them, or raise TOLERATE; nothing was written",
+        do="fix them, or raise TOLERATE; nothing was written",
     )
 
 

@@ -92,7 +92,7 @@ def _require_readable(folder: Path, pattern: str) -> None:
 
     def refuse(error: OSError) -> None:
         raise DataError(
-            f"the folder may not be read: {error.strerror}",
+            f"there is no permission to read the folder: {error.strerror}",
             where=error.filename,
             expected=f"permission to read all of {pattern}",
             do="change its permissions, or give files that may be read",
@@ -194,7 +194,9 @@ def _read_file(fs: Any, name: str, column: str, given: str, web: bool) -> Iterat
         raise _missing(given, error) from None
     except PermissionError as error:
         raise DataError(
-            f"the file may not be read: {error.strerror}", where=name, do="change its permissions"
+            f"there is no permission to read the file: {error.strerror}",
+            where=name,
+            do="change its permissions",
         ) from None
     except Exception as error:
         raise _unreachable(given, error) from None

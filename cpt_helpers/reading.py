@@ -136,5 +136,5 @@ def _bad(shard: Shard, part: Part, most: int = 5) -> DataError:
         f"{part.rejects.total} of {part.records} records are no documents",
         where="\n".join(lines) + (f"\nand {more} more" if more else "") + f"\nin {shard.name}",
         expected='UTF-8 text; in JSON Lines one object a line: {"text": "…"}',
-        do="mend them, or allow a share of them: TOLERATE = 0.01; nothing was written",
+        do="fix them, or allow a share of them: TOLERATE = 0.01; nothing was written",
     )
