@@ -1,9 +1,8 @@
-"""What is no document, a bad one, or one read already: found in streams, with reasons.
+"""Records checked, filtered and fingerprinted; by the fingerprints ``duplicates.py`` finds copies.
 
-Near duplicates are found by MinHash (Broder 1997) with ``rensa``, which makes signatures in Rust, a
-hundred times faster than in Python: ``datatrove`` does not fit beside the pins (numpy ≥ 2), and
-``datasketch`` with its index in memory would grow with the corpus. Here signatures go to disk, and
-one band at a time is sorted: 20 bytes a document are in memory, and what is found of duplicates.
+MinHash (Broder 1997) by ``rensa``, which makes signatures in Rust, a hundred times faster than in
+Python: ``datatrove`` does not fit beside the pins (numpy ≥ 2), and ``datasketch`` with its index in
+memory would grow with the corpus.
 """
 
 from __future__ import annotations
@@ -13,9 +12,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +25,6 @@ SHINGLE = 3  # words
 _WORD = re.compile(r"\w+")
 _SEED = 42
 _EXAMPLES = 3
-_COMPARED = 64  # documents of a bucket that another is compared with at most
 # Gopher's filters (Rae et al. 2021, arXiv 2112.11446, table A1) and C4's (Raffel et al. 2020, arXiv
 # 1910.10683, section 2.2), those that need no list of words.
 _STOP = frozenset({"the", "be", "to", "of", "and", "that", "have", "with"})
@@ -193,121 +189,6 @@ def _quality(text: str) -> str:
     if "lorem ipsum" in lower:
         return "lorem ipsum"
     return ""
-
-
-def duplicates(parts: list[Part], cleaning: Cleaning) -> dict[int, tuple[str, int]]:
-    """Which documents are dropped because of another one.
-
-    Args:
-        parts: All parts of the corpus, in order; documents are numbered through.
-        cleaning: Which duplicates to look for.
-
-    Returns:
-        By document: the reason, and the document it is like.
-    """
-    import numpy as np
-
-    counts = [part.documents for part in parts]
-    held_out = np.concatenate(
-        [np.fromfile(f"{p.path}.held-out", dtype=np.uint8) for p in parts] or [np.zeros(0, "u1")]
-    )
-    found: dict[int, tuple[str, int]] = {}
-
-    for bucket in _buckets(_column(parts, 0)):
-        _compare(sorted(bucket, key=lambda d: (not held_out[d], d)), held_out, cleaning, found)
-    if not (cleaning.near or cleaning.contamination):
-        return found
-    threshold = cleaning.near or Cleaning.near
-    starts = np.cumsum([0, *counts])
-
-    @lru_cache(maxsize=512)
-    def shingled(document: int) -> frozenset[str]:
-        return frozenset(shingles(_document(parts, starts, document)))
-
-    seen: set[tuple[int, int]] = set()
-
-    def alike(one: int, other: int) -> bool:
-        if (one, other) in seen:
-            return False
-        seen.add((one, other))
-        a, b = shingled(one), shingled(other)
-        return len(a & b) >= threshold * len(a | b)
-
-    for band in range(1, BANDS + 1):
-        for bucket in _buckets(_column(parts, band)):
-            ordered = sorted(bucket, key=lambda d: (not held_out[d], d))
-            _compare(ordered, held_out, cleaning, found, alike)
-    return found
-
-
-def _compare(
-    bucket: list[int],
-    held_out: Any,
-    cleaning: Cleaning,
-    found: dict[int, tuple[str, int]],
-    alike: Callable[[int, int], bool] | None = None,
-) -> None:
-    """Drops those of a bucket that are like one before them: held-out ones come first, and stay.
-
-    Args:
-        bucket: Documents with one key.
-        held_out: Which documents are held out.
-        cleaning: Which duplicates are wanted gone.
-        found: What is dropped so far; added to.
-        alike: Decides; without it one key means one text.
-    """
-    kind = "nearly the same text" if alike else "the same text"
-    stay: list[int] = []
-    for document in bucket:
-        if document in found:
-            continue
-        for other in stay[-_COMPARED:]:
-            crossed = held_out[other] != held_out[document]
-            within = cleaning.near if alike else cleaning.exact
-            if not (cleaning.contamination if crossed else within):
-                continue
-            if alike is None or alike(other, document):
-                reason = f"{kind} is held out" if crossed else f"{kind} again"
-                found[document] = (reason, other)
-                break
-        else:
-            stay.append(document)
-
-
-def _column(parts: list[Part], band: int) -> Any:
-    """One key of every document: 0 its digest, 1 … its bands; 0 where it has no such."""
-    import numpy as np
-
-    columns = []
-    for part in parts:
-        with Path(f"{part.path}.keys").open("rb") as file:
-            file.seek(8 * band * part.documents)
-            columns.append(np.fromfile(file, dtype=np.uint64, count=part.documents))
-    return np.concatenate(columns) if columns else np.zeros(0, np.uint64)
-
-
-def _buckets(keys: Any) -> Iterator[list[int]]:
-    """Documents that share a key, where more than one does."""
-    import numpy as np
-
-    order = np.argsort(keys, kind="stable")
-    ordered = keys[order]
-    edges = np.flatnonzero(ordered[1:] != ordered[:-1]) + 1
-    begins, ends = np.concatenate([[0], edges]), np.concatenate([edges, [len(keys)]])
-    for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
-        if end - begin > 1 and ordered[begin]:
-            yield order[begin:end].tolist()
-
-
-def _document(parts: list[Part], starts: Any, number: int) -> str:
-    import numpy as np
-
-    index = int(np.searchsorted(starts, number, side="right")) - 1
-    part, row = parts[index], number - int(starts[index])
-    with Path(f"{part.path}.offsets").open("rb") as offsets, Path(part.path).open("rb") as file:
-        offsets.seek(8 * row)
-        file.seek(int(np.fromfile(offsets, dtype=np.uint64, count=1)[0]))
-        return json.loads(file.readline())["text"]
 
 
 def shingles(text: str) -> set[str]:

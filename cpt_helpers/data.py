@@ -14,8 +14,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from . import cleaning as cleaner
-from . import reading, sources
+from . import duplicates, reading, sources
 from .cleaning import Cleaning, Part, Tally
 from .errors import DataError
 from .registry import REGISTRY, entries_of, locked, register
@@ -204,7 +203,7 @@ def _make(
     if rejects.total > tolerate * records:
         raise _too_many(source, rejects, records, tolerate)
     rejects.merge(empty)
-    dropped = cleaner.duplicates(parts, how[1])
+    dropped = duplicates.find(parts, how[1])
     return _write(source, folder, parts, dropped, rejects, records, how[2], key, work)
 
 
@@ -212,7 +211,7 @@ def _write(
     source: Source,
     folder: Path,
     parts: list[Part],
-    duplicates: dict[int, tuple[str, int]],
+    copies: dict[int, tuple[str, int]],
     rejects: Tally,
     records: int,
     fraction: float,
@@ -235,8 +234,8 @@ def _write(
             out["dropped"].write(Path(f"{part.path}.dropped").read_text("utf-8"))
             for document in _documents(part):
                 text = document["text"]
-                if number in duplicates:
-                    reason, like = duplicates[number]
+                if number in copies:
+                    reason, like = copies[number]
                     dropped.add(reason, document["where"], text)
                     entry = document | {"reason": reason, "like": like}
                     out["dropped"].write(json.dumps(entry, ensure_ascii=False) + "\n")
@@ -325,7 +324,7 @@ def _too_many(source: Source, rejects: Tally, records: int, tolerate: float) -> 
         f"{tolerate:.1%} that are tolerated",
         where="\n".join([*counts, *examples[:5], f"in {source.given}"]),
         expected=f"at most {int(tolerate * records):,}",
-        do="mend them, or raise TOLERATE; nothing was written",
+        do="fix them, or raise TOLERATE; nothing was written",
     )
 
 

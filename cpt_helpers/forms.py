@@ -41,13 +41,33 @@ class Record:
     damaged: bool = False
 
 
-def lines_of(file: Any, short: str) -> Iterator[Record]:
-    reader = io.BufferedReader(file, 2**20)  # what some file systems open has no line limit
+def utf8_of(file: Any, where: str) -> io.BufferedReader:
+    """The bytes of a text file after its byte-order mark.
+
+    Raises:
+        DataError: The first bytes show UTF-16 or UTF-32. Every line would be refused otherwise.
+    """
+    reader = io.BufferedReader(file, 2**20)
+    head = reader.read(4)
+    encoding = json.detect_encoding(head)  # by the mark, or by the zero bytes of ASCII text
+    start = head.decode(encoding, "ignore")
+    marked = encoding in ("utf-16", "utf-32")
+    if marked or ("utf-8" not in encoding and start.isascii() and start.strip("\0")):
+        code = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
+        raise DataError(
+            f"the file is encoded as {code}, not as UTF-8",
+            where=where,
+            expected="UTF-8, with or without a byte-order mark",
+            do=f"convert it, such as with: iconv -f {code} -t UTF-8 FILE > NEW\n"
+            "decompress a compressed file first",
+        )
+    return io.BufferedReader(_Joined(head.removeprefix(codecs.BOM_UTF8), reader), 2**20)
+
+
+def lines_of(reader: io.BufferedReader, short: str) -> Iterator[Record]:
     number = 0
     while line := reader.readline(MAX_BYTES):
         number += 1
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
         if len(line) == MAX_BYTES and not line.endswith(b"\n"):
             length = len(line)
             while (more := reader.readline(MAX_BYTES)) and not more.endswith(b"\n"):
@@ -58,12 +78,11 @@ def lines_of(file: Any, short: str) -> Iterator[Record]:
             yield Record(f"{short}:{number}", line=line)
 
 
-def json_of(file: Any, column: str, short: str) -> Iterator[Record]:
+def json_of(reader: io.BufferedReader, column: str, short: str) -> Iterator[Record]:
     """An array of objects, streamed; one object; or lines after all."""
     import ijson
 
-    reader = io.BufferedReader(file, 2**20)
-    head = reader.readline(MAX_BYTES).removeprefix(codecs.BOM_UTF8)
+    head = reader.readline(MAX_BYTES)
     while head and not head.strip():
         head = reader.readline(MAX_BYTES)
     if not head.lstrip().startswith(b"["):
@@ -72,7 +91,7 @@ def json_of(file: Any, column: str, short: str) -> Iterator[Record]:
             with contextlib.suppress(ValueError, RecursionError):
                 yield of_row(json.loads(head), column, short)
                 return
-        yield from lines_of(_Joined(head, reader), short)
+        yield from lines_of(io.BufferedReader(_Joined(head, reader), 2**20), short)
         return
     rest = _Joined(head, reader)
     number = 0
@@ -99,10 +118,12 @@ class _Joined(io.RawIOBase):
         return len(data)
 
 
-def csv_of(file: Any, column: str, short: str, given: str, delimiter: str) -> Iterator[Record]:
+def csv_of(
+    file: io.BufferedReader, column: str, short: str, given: str, delimiter: str
+) -> Iterator[Record]:
     csv.field_size_limit(MAX_BYTES)
     # Bytes that are not UTF-8 become lone surrogates, and are refused with the rest of those.
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
     rows = csv.DictReader(text, delimiter=delimiter, strict=True)
     try:
         if rows.fieldnames is None:
@@ -133,7 +154,9 @@ def parquet_of(file: Any, column: str, short: str, given: str) -> Iterator[Recor
 
     try:
         table = parquet.ParquetFile(file)
-    except Exception as error:
+    except (ConnectionError, TimeoutError):  # the network's, not the file's
+        raise
+    except (pa.ArrowException, OSError) as error:
         yield Record(short, problem=f"not Parquet ({error})", damaged=True)
         return
     names = table.schema_arrow.names
@@ -151,14 +174,14 @@ def parquet_of(file: Any, column: str, short: str, given: str) -> Iterator[Recor
             yield of_row({column: value}, column, f"{short}:row {number}")
 
 
-def whole_of(file: Any, short: str) -> Iterator[Record]:
+def whole_of(file: io.BufferedReader, short: str) -> Iterator[Record]:
     """A file that is one document; an empty one is none."""
-    content = io.BufferedReader(file, 2**20).read(MAX_BYTES + 1)
+    content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
         yield Record(short, problem=f"longer than {MAX_BYTES:,} bytes: split it")
     elif content.strip():
         try:
-            yield Record(short, text=content.decode("utf-8-sig"))
+            yield Record(short, text=content.decode("utf-8"))
         except UnicodeDecodeError as error:
             yield Record(short, problem=f"not UTF-8 (byte {error.start + 1})")
 
@@ -173,7 +196,7 @@ def unpacked(file: Any, name: str) -> Any:
 
 
 class _Zstd(io.RawIOBase):
-    """Frames of zstd; one that is cut is an EOFError, where libraries end without a word."""
+    """Frames of zstd; one that is cut is an EOFError, where libraries end silently."""
 
     def __init__(self, file: Any) -> None:
         import zstandard

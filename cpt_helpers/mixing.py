@@ -77,6 +77,7 @@ def mix(
     blocks: int | None = None,
     epochs: float = 1.0,
     seed: int = 42,
+    least: int = 0,
 ) -> Mix:
     """Blocks of several sources in the shares asked for, and the held-out ones to measure with.
 
@@ -92,9 +93,10 @@ def mix(
         blocks: Blocks to draw in all; by default as many as the first source lasts for.
         epochs: How often a source may be seen.
         seed: Of the drawing.
+        least: Blocks that the training needs; an error names the block size that gives them.
 
     Raises:
-        DataError: A source has too little text for its share.
+        DataError: A half fills no block, or a source has too little text for its share.
     """
     import numpy as np
 
@@ -104,6 +106,7 @@ def mix(
         for corpus, weight in sources
     ]
     held = [tokenise(corpus, tokenizer, block_size, held_out=True) for corpus in measured]
+    _require_blocks(parts, held, block_size, least)
     first, share = parts[0]
     total = blocks or int(first.blocks * epochs / share)
     counts = _shares([share for _, share in parts], total)
@@ -161,12 +164,44 @@ def for_recipe(
         measured: As for :func:`mix`.
         tokenizer: The model's.
         epochs: As for :func:`mix`.
+
+    Raises:
+        DataError: As for :func:`mix`. A recipe that does not evaluate needs no held-out blocks.
     """
-    steps, blocks = recipe.get("max_steps", -1), None
-    if len(sources) > 1 and steps > 0:
-        blocks = steps * global_batch(recipe)
-    length, seed = recipe.get("cutoff_len", 2048), recipe.get("seed", 42)
-    return mix(sources, measured, tokenizer, length, blocks=blocks, epochs=epochs, seed=seed)
+    wanted = max(recipe.get("max_steps", -1), 0) * global_batch(recipe)
+    return mix(
+        sources,
+        measured if evaluates(recipe) else [],
+        tokenizer,
+        recipe.get("cutoff_len", 2048),
+        blocks=wanted if wanted and len(sources) > 1 else None,
+        epochs=epochs,
+        seed=recipe.get("seed", 42),
+        least=wanted,
+    )
+
+
+def evaluates(recipe: dict[str, Any]) -> bool:
+    """Whether a training by this recipe measures held-out text."""
+    on = [str(recipe.get(key, False)).lower() == "true" for key in ("do_eval", "eval_on_start")]
+    return any(on) or str(recipe.get("eval_strategy", "no")) != "no"
+
+
+def _require_blocks(
+    trained: list[tuple[Blocks, float]], held: list[Blocks], block_size: int, least: int
+) -> None:
+    """The trainer fails in a worker where a half fills no block, minutes after the launch."""
+    needs = [(part, max(math.ceil(share * least), 1)) for part, share in trained]
+    needs += [(part, 1) for part in held]
+    empty = [part for part, _ in needs if not part.blocks]
+    if empty:
+        most = min(part.tokens // blocks for part, blocks in needs)
+        raise DataError(
+            f"no block of {block_size:,} tokens is full in {', '.join(p.name for p in empty)}",
+            where="\n".join(f"{part.name}: {part.tokens:,} tokens" for part, _ in needs),
+            expected=f"cutoff_len of at most {most:,}",
+            do="lower cutoff_len, or give more text",
+        )
 
 
 def weights(corpus: str | dict[str, float], replay: dict[str, float]) -> dict[str, float]:
@@ -226,7 +261,7 @@ def _save(
     trained = [_load(part).select(rows) for (part, _), rows in zip(parts, indices, strict=True)]
     order = np.random.default_rng(seed).permutation(sum(map(len, indices)))
     halves = {"train": concatenate_datasets(trained).select(order)}
-    halves |= {f"validation_{part.name}": _load(part) for part in held if part.blocks}
+    halves |= {f"validation_{part.name}": _load(part) for part in held}
     with in_one_piece(folder) as new:
         DatasetDict(halves).save_to_disk(new)
         write_json(new / "mix.json", found.as_dict())

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import assets, config, data, environment, launch, mixing, show
+from . import assets, config, environment, launch, planning, show, training_data
 from .errors import ParameterError, RunExistsError, StepError
 from .notebook import as_overrides, defining_parameters, refuse_other_settings
 from .run import PROJECT, STEPS, Run
@@ -126,14 +126,19 @@ def main(arguments: Any) -> int:
 
 
 def configure(run: Run, train_config: str, corpus: str, overrides: dict[str, Any]) -> None:
-    """What notebooks 01 to 03 leave for the training, without them: model, corpus, recipe."""
+    """What notebooks 01 to 03 leave for the training, without them: model, corpus, recipe.
+
+    Raises:
+        ConfigError: The recipe cannot be used, or the corpus lasts fewer steps than it asks for.
+        DataError: A corpus cannot be used.
+    """
     config.check_keys(train_config, overrides)
     model = assets.obtain(config.model_of(train_config, overrides, run.storage), run.storage)
-    domain = data.prepare(corpus or config.corpus_of(train_config, overrides), run.storage)
-    general = data.prepare("news", run.storage)
-    recipe = config.read_recipe(train_config)[1] | overrides
-    made = mixing.for_recipe(recipe, [(domain, 1.0)], [domain, general], assets.tokenizer_of(model))
-    config.write(run, config.resolve(run, train_config, overrides, domain.name, str(made.path)))
+    chosen = training_data.prepare(train_config, overrides, run.storage, corpus=corpus)
+    made = chosen.blocks(assets.tokenizer_of(model))
+    resolved = config.resolve(run, train_config, overrides, chosen.datasets, str(made.path))
+    planning.plan(resolved.args, made.blocks, sum(source.dropped for source in made.drawn))
+    config.write(run, resolved)
 
 
 def train(arguments: Any) -> int:

@@ -13,8 +13,8 @@ from typing import Any
 from . import cleaning
 from .cleaning import Part, Tally
 from .errors import DataError
+from .files import Shard
 from .forms import Record
-from .sources import Shard
 
 _CHUNK, _RECORDS = 4_000_000, 10_000  # characters, and records, a process takes at once
 
@@ -136,5 +136,5 @@ def _bad(shard: Shard, part: Part, most: int = 5) -> DataError:
         f"{part.rejects.total} of {part.records} records are no documents",
         where="\n".join(lines) + (f"\nand {more} more" if more else "") + f"\nin {shard.name}",
         expected='UTF-8 text; in JSON Lines one object a line: {"text": "…"}',
-        do="mend them, or allow a share of them: TOLERATE = 0.01; nothing was written",
+        do="fix them, or allow a share of them: TOLERATE = 0.01; nothing was written",
     )

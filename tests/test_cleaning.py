@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cpt_helpers import assets, cleaning, data, mixing, packing, reading, registry
+from cpt_helpers import assets, cleaning, data, duplicates, mixing, packing, reading, registry
 from cpt_helpers.cleaning import Cleaning, failed, shingles
 from cpt_helpers.errors import DataError, ParameterError
 
@@ -93,6 +93,38 @@ def test_held_out_and_training_share_nothing_nearly_the_same(planted, tmp_path: 
     assert reasons == {"nearly the same text is held out"}
     lines = [json.loads(x) for x in (clean.folder / "dropped.jsonl").read_text().splitlines()]
     assert len(lines) == sum(clean.dropped.values()) and all("like" in x for x in lines)
+
+
+@pytest.mark.parametrize("cleaning", [Cleaning(), Cleaning(exact=False, near=0)])
+def test_every_held_out_document_of_a_large_bucket_is_compared(
+    cleaning: Cleaning, tmp_path: Path
+) -> None:
+    """600 texts share a long passage, too little to be alike; 40 more nearly equal a held-out one.
+
+    Most buckets that such a pair shares are those of the passage, with a hundred held-out texts.
+    """
+    passage = [f"p{i}" for i in range(86)]
+    own = [[f"d{n}x{i}" for i in range(16)] for n in range(600)]
+    texts = [" ".join(passage + words) for words in own]
+    held = [n for n, text in enumerate(texts) if data.is_held_out(text, 0.5)]
+    copies = []
+    for n in held[:80]:  # two of the held-out text's own words make 0.754 of 0.724
+        copy = " ".join([*passage, *own[n][:2], *(f"c{n}x{i}" for i in range(14))])
+        if not data.is_held_out(copy, 0.5):
+            copies.append((copy, texts[n]))
+    assert len(copies) >= 30 and all(0.75 <= alike(*pair) < 0.76 for pair in copies)
+    assert alike(texts[0], texts[1]) < 0.73
+    path = tmp_path / "c.jsonl"
+    assets.write_jsonl(path, texts + [copy for copy, _ in copies])
+    found = data.prepare(str(path), tmp_path, fraction=0.5, cleaning=cleaning)
+    left = set(data.texts_of(found.train)) & {copy for copy, _ in copies}
+    assert len(left) <= 0.05 * len(copies)  # MinHash itself misses 2 %
+    assert set(texts) <= {*data.texts_of(found.train), *data.texts_of(found.heldout)}
+
+
+def test_more_held_out_documents_than_are_indexed_at_once(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(duplicates, "_INDEXED", 7)
+    test_every_held_out_document_of_a_large_bucket_is_compared(Cleaning(near=0), tmp_path)
 
 
 def test_each_filter_is_a_switch() -> None:

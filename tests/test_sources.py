@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import csv
 import gzip
 import json
@@ -10,12 +11,12 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from cpt_helpers import cleaning, data, reading, sources
+from cpt_helpers import cleaning, data, files, reading, sources
 from cpt_helpers.errors import DataError
 
 TEXTS = [f"document {i}: «Käse» costs {i} €\nsecond line" for i in range(40)]
@@ -216,23 +217,146 @@ def test_an_unreadable_folder(tmp_path: Path) -> None:
                 for parent in (tmp_path, *list(tmp_path.parents)[:2]):
                     parent.chmod(0o755)
                 os.setuid(65534)
-            sources._require_readable(folder, str(folder))
+            files._require_readable(folder, str(folder))
         except DataError as error:
-            code = 0 if "may not be read" in str(error) and "sub" in str(error) else 2
+            said = str(error)
+            code = 0 if "no permission to read the folder" in said and "sub" in said else 2
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     (folder / "sub").chmod(0o755)
 
 
-def test_a_link_that_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "TIMEOUT", 1.0)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        threading.Thread(target=silent.accept, daemon=True).start()
-        since = time.monotonic()
-        with pytest.raises(DataError, match="cannot be read"):
-            read(f"http://127.0.0.1:{silent.getsockname()[1]}/c.jsonl")
-        assert time.monotonic() - since < 10
+def test_only_regular_files_are_opened(tmp_path: Path, monkeypatch) -> None:
+    """A pipe without a writer would block forever, wherever it is."""
+    folder = tmp_path / "folder"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "a.jsonl").write_bytes(jsonl(TEXTS))
+    os.mkfifo(folder / "sub" / "pipe.jsonl")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "pipe")
+    (tmp_path / "nothing.txt").symlink_to(tmp_path / "gone")
+    (tmp_path / "folder.jsonl").mkdir()
+    for corpus, said in [
+        (tmp_path / "pipe", "pipe is a named pipe"),
+        (f"file://{tmp_path}/pipe", "pipe is a named pipe"),
+        (tmp_path / "link.txt", "link.txt is a named pipe"),
+        (tmp_path / "nothing.txt", "nothing.txt is a link to nothing"),
+        (folder, "pipe.jsonl is a named pipe"),
+        (folder / "**" / "*.jsonl", "pipe.jsonl is a named pipe"),
+        (f"hf:{folder}", "pipe.jsonl is a named pipe"),
+        (tmp_path / "*.jsonl", "folder.jsonl is a folder"),
+        ("/dev/zero", "zero is a device"),
+    ]:
+        with pytest.raises(DataError, match=f"{said}, not a regular file"):
+            sources.find(str(corpus))
+    with socket.socket(socket.AF_UNIX) as bound:
+        monkeypatch.chdir(tmp_path)  # the path of a socket may have 107 bytes
+        bound.bind("s.jsonl")
+        with pytest.raises(DataError, match=r"s\.jsonl is a socket"):
+            sources.find(str(tmp_path / "s.jsonl"))
+    os.mkfifo(folder / "picture.png")  # skipped by its name, and never opened
+    (folder / "sub" / "pipe.jsonl").unlink()
+    assert read(str(folder)) == TEXTS
+
+
+ENCODINGS = ("utf-16", "utf-32", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("name", ["c.jsonl", "c.json", "c.csv", "c.tsv", "c.txt", "c.jsonl.gz"])
+def test_another_encoding_is_one_error(tmp_path: Path, name: str, encoding: str) -> None:
+    """With a byte-order mark, or without one where the text begins in ASCII."""
+    content = ("text\n" if name[2] in "ct" else "") + jsonl(TEXTS * 10).decode()
+    data_of = content.encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(data_of) if name.endswith(".gz") else data_of)
+    code = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
+    with pytest.raises(DataError) as refused:  # whatever is tolerated
+        data.prepare(str(tmp_path / name), tmp_path / "s", tolerate=0.9)
+    message = str(refused.value)
+    assert f"encoded as {code}, not as UTF-8\n  where:    {tmp_path / name}\n" in message
+    assert f"iconv -f {code} -t UTF-8" in message and "not JSON" not in message
+    assert len(message.splitlines()) == 5
+
+
+def test_zero_bytes_alone_are_no_encoding(tmp_path: Path) -> None:
+    (tmp_path / "zeros.txt").write_bytes(bytes(100))
+    (tmp_path / "one.txt").write_bytes(b"\0abc")
+    assert "a NUL byte at character 1" in problems(str(tmp_path / "one.txt"))[0]
+    assert problems(str(tmp_path / "zeros.txt")) == ["zeros.txt: a NUL byte at character 1"]
+
+
+@pytest.fixture
+def stalled() -> Iterator[Callable[[bytes], str]]:
+    """A server on loopback that sends what it is given, and then nothing; gives its address."""
+    with contextlib.ExitStack() as stack:
+        kept: list[socket.socket] = []
+
+        def start(answer: bytes) -> str:
+            server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+
+            def serve() -> None:
+                with contextlib.suppress(OSError):  # closed: the test is over
+                    while True:
+                        kept.append(stack.enter_context(server.accept()[0]))
+                        kept[-1].recv(65536)
+                        kept[-1].sendall(answer)
+
+            threading.Thread(target=serve, daemon=True).start()
+            return f"http://127.0.0.1:{server.getsockname()[1]}"
+
+        yield start
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+LENGTH = b"HTTP/1.1 200 OK\r\nContent-Length: 10000000\r\nAccept-Ranges: bytes\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("c.jsonl", b""),
+        ("c.jsonl", LENGTH[:40]),
+        ("c.jsonl", LENGTH + jsonl(TEXTS * 50)),
+        ("c.jsonl", CHUNKED + b"e\r\n" + jsonl(["a"]) + b"\r\n"),
+        ("c.jsonl.gz", LENGTH + gzip.compress(jsonl(TEXTS))[:90]),
+        ("c.txt", LENGTH + b"text"),
+        ("c.parquet", LENGTH),
+    ],
+)
+def test_a_server_that_stalls(
+    name: str, answer: bytes, stalled: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its answer, in the middle of the head, or in the middle of the body."""
+    monkeypatch.setattr(files, "TIMEOUT", 1.0)
+    since = time.monotonic()
+    with pytest.raises(DataError, match="cannot be read: the server stopped sending data"):
+        read(f"{stalled(answer)}/{name}")
+    assert time.monotonic() - since < 10
+
+
+def test_a_bucket_that_stalls(stalled: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``s3fs`` has a time-out of its own, five times 15 s; here it is made short."""
+    import s3fs
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "read_timeout", 1)
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", stalled(LENGTH.replace(b"200 OK", b"206 OK")))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    opened = s3fs.S3FileSystem(skip_instance_cache=True).open("b/c.txt", size=100)
+    with pytest.raises(DataError, match="the server stopped sending data"):
+        list(files._read_file(_Opened(opened), "b/c.txt", "text", "s3://b/c.txt", web=False))
+
+
+class _Opened:
+    """A file system with one file, whose size is known without asking the server."""
+
+    def __init__(self, file: object) -> None:
+        self.file = file
+
+    def open(self, name: str, mode: str) -> object:
+        return self.file
 
 
 def test_object_storage_without_its_package() -> None:
