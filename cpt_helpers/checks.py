@@ -14,6 +14,13 @@ from .errors import ConfigError, nearest
 from .registry import HELD_OUT, read_registry
 from .streams import hushed
 
+_MAPPINGS = (
+    "lr_scheduler_kwargs",
+    "resources_per_worker",
+    "ray_init_kwargs",
+    "ray_init_kwargs.runtime_env",
+    "ray_init_kwargs.runtime_env.env_vars",
+)
 _PRECISIONS = ("bf16", "fp16")
 _SECRET_NAMES = ("TOKEN", "SECRET", "PASSWORD", "API_KEY")
 _TOKEN = re.compile(r"\bhf_\w{8,}|\bdapi[0-9a-f]{16,}|\bAKIA[0-9A-Z]{16}\b|\bsk-\w{16,}")
@@ -48,7 +55,7 @@ def keys(args: dict[str, Any], path: Path, overrides: dict[str, Any]) -> Iterato
     """Keys LLaMA-Factory does not know, and values of another type or none of a key's choices."""
     known = known_keys()
     for key, value in args.items():
-        where = "OVERRIDES" if key in overrides else f"{path}{line_of(path, key)}"
+        where = where_of(path, key, overrides)
         if key not in known:
             yield ConfigError(
                 f"unknown key '{key}'",
@@ -72,6 +79,23 @@ def keys(args: dict[str, Any], path: Path, overrides: dict[str, Any]) -> Iterato
                 expected=expected,
                 do="correct the value",
             )
+    for dotted, value in _not_mappings(args):
+        yield ConfigError(
+            f"{dotted}: {value!r} is not a mapping",
+            where=where_of(path, dotted.split(".")[0], overrides),
+            expected="names with values",
+            do="write it as YAML: `name: value` lines, indented",
+        )
+
+
+def _not_mappings(args: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Settings that hold something else than names with values, by dotted key."""
+    for dotted in _MAPPINGS:
+        value: Any = args
+        for name in dotted.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        if value is not None and not isinstance(value, dict):
+            yield dotted, value
 
 
 def _other_type(action: Any, value: Any) -> str | None:
@@ -92,10 +116,10 @@ def _other_type(action: Any, value: Any) -> str | None:
 
 
 def numbers_as_such(args: dict[str, Any]) -> list[str]:
-    """Makes numbers of what YAML reads as text, such as ``1e-4``.
+    """Makes numbers of what YAML reads as text, such as ``1e-4``, and whole numbers of ``4.0``.
 
     Returns:
-        The keys that were changed.
+        The keys that were text.
     """
     known, changed = known_keys(), []
     for key, value in args.items():
@@ -103,6 +127,8 @@ def numbers_as_such(args: dict[str, Any]) -> list[str]:
         if isinstance(value, str) and kind in (int, float):
             args[key] = kind(value)
             changed.append(key)
+        elif isinstance(value, float) and kind is int:
+            args[key] = int(value)
     return changed
 
 
@@ -294,51 +320,9 @@ def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from _strings(inner, key)
 
 
-def numbers(args: dict[str, Any], path: Path) -> Iterator[ConfigError]:
-    """Values that LLaMA-Factory takes and that cannot serve here."""
-    timeout = args.get("ddp_timeout", 1800)
-    if not isinstance(timeout, int) or not 10 <= timeout <= 86400:
-        yield ConfigError(
-            f"ddp_timeout: {timeout!r}",
-            where=f"{path}{line_of(path, 'ddp_timeout')}",
-            expected="seconds that a worker may keep the others waiting, 10 to 86,400 (a day)",
-            do="minutes, such as 1800: with years a hung run is never noticed, and always paid for",
-        )
-    if args.get("save_only_model"):
-        yield ConfigError(
-            "save_only_model leaves nothing to go on from",
-            where=f"{path}{line_of(path, 'save_only_model')}",
-            expected="checkpoints with the optimizer's state",
-            do="leave it out; save_total_limit keeps the disk level, and step 6 exports the model",
-        )
-    if str(args.get("report_to", "none")) not in ("mlflow", "none", "['mlflow']", "['none']"):
-        yield ConfigError(
-            f"report_to: {args['report_to']!r}",
-            where=f"{path}{line_of(path, 'report_to')}",
-            expected="mlflow or none",
-            do="choose one of these; metrics.jsonl in the run's folder serves other trackers",
-        )
-    if args.get("load_best_model_at_end"):
-        yield ConfigError(
-            "load_best_model_at_end looks for checkpoints in output_dir, and they are on the "
-            "storage",
-            where=f"{path}{line_of(path, 'load_best_model_at_end')}",
-            do="leave it out: the best checkpoint is kept, and step 6 exports it",
-        )
-    for key, least in (
-        ("cutoff_len", 2),
-        ("ray_num_workers", 1),
-        ("per_device_train_batch_size", 1),
-        ("gradient_accumulation_steps", 1),
-    ):
-        value = args.get(key, least)
-        if not isinstance(value, int) or value < least:
-            yield ConfigError(
-                f"{key}: {value!r}",
-                where=f"{path}{line_of(path, key)}",
-                expected=f"a whole number, {least} or more",
-                do="correct the value",
-            )
+def where_of(path: Path, key: str, overrides: dict[str, Any]) -> str:
+    """Where a key was set: ``OVERRIDES``, or the recipe and the line."""
+    return f"OVERRIDES: {key}" if key in overrides else f"{path}{line_of(path, key)}"
 
 
 def line_of(path: Path, key: str) -> str:

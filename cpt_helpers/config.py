@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import checks
+from . import advice, checks, ranges, refused
 from .checks import line_of, names_of
 from .errors import ConfigError, RunExistsError
 from .registry import HELD_OUT
@@ -55,6 +55,7 @@ class Resolved:
         changes: Where that differs from the recipe.
         deepspeed: The DeepSpeed file to copy into the run; ``None`` without DeepSpeed.
         problems: What is wrong with it, where it was only examined.
+        warnings: What can be trained and is probably not what was meant.
     """
 
     recipe: Path
@@ -62,6 +63,7 @@ class Resolved:
     changes: list[Change]
     deepspeed: Path | None
     problems: tuple[ConfigError, ...] = ()
+    warnings: tuple[ConfigError, ...] = ()
 
 
 def read_recipe(train_config: str) -> tuple[Path, dict[str, Any]]:
@@ -117,7 +119,7 @@ def corpus_of(train_config: str, overrides: dict[str, Any]) -> str:
 
 
 def check_keys(train_config: str, overrides: dict[str, Any]) -> None:
-    """Refuses a recipe with unknown keys or values of another type, before anything is fetched.
+    """Refuses a recipe whose keys or values cannot serve, before anything is fetched.
 
     Raises:
         ConfigError: With all of them.
@@ -125,6 +127,12 @@ def check_keys(train_config: str, overrides: dict[str, Any]) -> None:
     path, recipe = read_recipe(train_config)
     merged = {key: value for key, value in (recipe | overrides).items() if value is not None}
     checks.refuse(checks.keys(merged, path, overrides))
+    checks.numbers_as_such(merged)
+    checks.refuse(_values(merged, path, overrides))
+
+
+def _values(args: dict[str, Any], path: Path, overrides: dict[str, Any]) -> list[ConfigError]:
+    return [*ranges.problems(args, path, overrides), *refused.problems(args, path, overrides)]
 
 
 def resolve(
@@ -194,7 +202,7 @@ def resolve(
         why["packing"] = "stage pt packs by itself; asked to, 0.9.3 cuts blocks a token short"
     if args.get("use_cpu") and args.get("bf16") and "bf16" not in overrides and not cpu_has_bf16():
         args["bf16"], why["bf16"] = False, "this CPU has no bf16 instructions: fp32 is faster"
-    problems = [*checks.secrets(args, path), *checks.numbers(args, path)]
+    problems = [*checks.secrets(args, path), *_values(args, path, overrides)]
     problems += checks.datasets(args, path)
     problems += checks.contradictions(args, path, deepspeed)
     if not examine:
@@ -206,7 +214,8 @@ def resolve(
         for key, reason in why.items()
         if recipe.get(key) != args.get(key)
     ]
-    return Resolved(path, args, changes, deepspeed, tuple(problems))
+    warnings = tuple(advice.warnings(args, path, overrides))
+    return Resolved(path, args, changes, deepspeed, tuple(problems), warnings)
 
 
 def write(run: Run, resolved: Resolved) -> Path:

@@ -69,6 +69,7 @@ def train(
         tracking.catch_up(run, args)
         return summary(run)
     args = config.with_workers(args, workers)
+    preflight.before_launch(run, args)
     with run.held():
         resumed = checkpoints.latest(run)
         if run.state == "started" or resumed:

@@ -7,18 +7,22 @@ packages from there. Each finding says what to do.
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import checkpoints, environment, forecast, hub, planning, tracking
+from . import advice, checkpoints, environment, forecast, hub, planning, refused, tracking
 from .checks import names_of
 from .errors import AssetError, CptError, DataError, StorageError, UnreadyError
+from .findings import Finding
+from .findings import raise_if_wrong as raise_if_wrong
+from .findings import table as table
+from .findings import warned as warned
 from .registry import read_registry
 from .run import Run
 
@@ -26,38 +30,18 @@ _SECONDS = 8.0  # for an answer from a node, a hub or a server
 PACKAGES = (*environment.CORE, "accelerate", "datasets", "numpy")
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at.
+def before_launch(run: Run, args: dict[str, Any]) -> None:
+    """Prints the warnings about a run's recipe; refuses a process that cannot train it.
 
-    Attributes:
-        subject: What.
-        said: What was found.
-        error: Why it cannot work, and what to do; ``None`` where it can.
-    """
-
-    subject: str
-    said: str
-    error: CptError | None = None
-
-    def __str__(self) -> str:
-        if self.error is None:
-            return f"✓ {self.subject}: {self.said}"
-        return f"✗ {self.subject}: {self.error}"
-
-
-def raise_if_wrong(findings: list[Finding]) -> None:
-    """Raises what was found wrong; several things in one error.
+    A training that has no recipe of its own, such as the demonstration of step 5, has no warnings.
 
     Raises:
-        CptError: Of the first finding's kind.
+        UnreadyError: The environment selects another Ray Train.
     """
-    wrong = [finding.error for finding in findings if finding.error is not None]
-    if len(wrong) == 1:
-        raise wrong[0]
-    if wrong:
-        told = "\n".join(f"{n}. {error}" for n, error in enumerate(wrong, 1))
-        raise type(wrong[0])(f"{len(wrong)} things would keep this run from going well\n{told}")
+    if run.train_yaml.is_file():
+        for finding in warned(advice.warnings(args, run.train_yaml)):
+            print(finding)
+    refused.require_first_ray_train(os.environ)
 
 
 def look(run: Run, args: dict[str, Any], ray: Any, *, wait: bool = False) -> list[Finding]:
@@ -70,6 +54,7 @@ def look(run: Run, args: dict[str, Any], ray: Any, *, wait: bool = False) -> lis
         wait: Whether to wait for nodes that the cluster may start on demand.
     """
     return [
+        *_seen("Ray Train", lambda: refused.require_first_ray_train(os.environ)),
         *_seen("model", lambda: model(args)),
         *_seen("disk", lambda: room(run, args)),
         *_seen("tracking", lambda: server(run, args)),
@@ -127,19 +112,21 @@ def server(run: Run, args: dict[str, Any]) -> str:
 
 
 def placement(ray: Any, args: dict[str, Any], *, wait: bool = False) -> str:
-    """Whether the cluster has room for the workers.
+    """Whether the cluster has room for the workers, and the labels that they ask for.
 
     Raises:
-        UnreadyError: It has not.
+        UnreadyError: It has not; with the labels that its nodes have.
     """
     workers, each, strategy = _asked(args)
     asked = f"{workers} workers with {', '.join(f'{n:g} {kind}' for kind, n in each.items())} each"
     try:
         environment.require_workers(ray, workers, each, strategy=strategy, wait=wait)
     except UnreadyError:
-        if wait or not environment.grows():
-            raise
-        return f"{asked}: not now, and this cluster starts nodes when they are asked for"
+        if not wait and environment.grows():
+            return f"{asked}: not now, and this cluster starts nodes when they are asked for"
+        if unknown := _labels_nobody_has(ray, each):
+            raise unknown from None
+        raise
     return asked
 
 
@@ -153,6 +140,26 @@ def fits(ray: Any, args: dict[str, Any]) -> bool:
     """Whether the nodes that are alive have room for the workers, whatever runs on them now."""
     workers, each, strategy = _asked(args)
     return environment.fitting_workers(ray, each, strategy) >= workers
+
+
+def _labels_nobody_has(ray: Any, each: dict[str, float]) -> UnreadyError | None:
+    """The error for a resource that no node offers, such as a misspelt ``accelerator_type``."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    offered = {name for resources in nodes for name in resources}
+    own = ("CPU", "GPU", "memory", "object_store_memory")
+    wanted = [name for name in each if name not in own and name not in offered]
+    if not wanted:
+        return None
+    labels = sorted(n for n in offered if n not in own and not n.startswith("node:"))
+    gpus = sum(resources.get("GPU", 0) for resources in nodes)
+    return UnreadyError(
+        f"the workers cannot be placed: no node offers {', '.join(wanted)}",
+        where=f"resources_per_worker; the Ray cluster has {gpus:g} GPU on {len(nodes)} "
+        f"node{'s' * (len(nodes) > 1)}",
+        expected=f"labels that nodes have: {', '.join(labels) or 'they have none'}",
+        do="correct the label, or take it out: GPU: 1 alone takes any GPU. Ray itself gives only "
+        "the model's name, such as accelerator_type:A100, whatever its memory",
+    )
 
 
 def enough_memory(ray: Any, args: dict[str, Any]) -> str:
@@ -180,6 +187,10 @@ def enough_memory(ray: Any, args: dict[str, Any]) -> str:
     kinds = {forecast.gpu_of({"resources_per_worker": r}) for r in resources if r.get("GPU")}
     for kind in filter(None, kinds):
         tried = forecast.fits(args, shape, kind)
+        # Ray labels an A100 of 80 GB as it labels one of 40 GB.
+        either = kind == "A100-40G" and any("accelerator_type:A100" in r for r in resources)
+        if not tried[0].fits and either and forecast.fits(args, shape, "A100-80G")[0].fits:
+            return f"{said}, by the plan; fits on an A100 of 80 GB, not on one of 40 GB"
         if not tried[0].fits:
             changes = " + ".join(fit.change for fit in tried[1:])
             raise UnreadyError(
@@ -220,6 +231,7 @@ def nodes(run: Run, args: dict[str, Any], ray: Any) -> list[Finding]:
         for name, there in seen.items():
             wrong = [*_storage_of(name, mark, there), *_files_of(name, there, paths)]
             wrong += _packages_of(name, here, there)
+            wrong += _ray_train_of(name, there)
             findings += [Finding(name, error.what, error) for error in wrong]
             if not wrong:
                 said = f"sees the storage and {len(paths)} paths, and has the same packages"
@@ -245,6 +257,7 @@ def _look(mark: str, paths: list[str], packages: tuple[str, ...], node: str) -> 
         "files": {path: _why_unreadable(Path(path)) for path in paths},
         "packages": versions(packages),
         "python": platform.python_version(),
+        "variables": {name: value for name, value in os.environ.items() if "RAY_TRAIN" in name},
     }
 
 
@@ -341,6 +354,13 @@ def _packages_of(name: str, here: dict[str, Any], there: dict[str, Any]) -> Iter
             expected="the same packages everywhere",
             do="one image for all nodes, or requirements.txt installed on each",
         )
+
+
+def _ray_train_of(name: str, there: dict[str, Any]) -> Iterator[CptError]:
+    try:
+        refused.require_first_ray_train(there["variables"], f"{name}, host {there['host']}")
+    except UnreadyError as error:
+        yield error
 
 
 def room(run: Run, args: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ def dry_run(arguments: Any) -> int:
     """``--dry-run``: the resolved files, the plan and every finding; launches and writes nothing.
 
     Returns:
-        0 where nothing was found wrong, else 1.
+        0 where nothing was found wrong, else 1; warnings do not count.
     """
     import yaml
 
@@ -48,8 +48,12 @@ def dry_run(arguments: Any) -> int:
     print("# what was looked at")
     for finding in findings:
         print(finding)
-    wrong = sum(finding.error is not None for finding in findings)
-    print(f"\nnothing was launched; {wrong or 'nothing'} to mend")
+    levels = [finding.level for finding in findings]
+    wrong, warned = levels.count("error"), levels.count("warning")
+    print(
+        f"\nnothing was launched; {wrong or 'nothing'} to fix, {warned or 'no'} "
+        f"warning{'s' * (warned != 1)}"
+    )
     return 1 if wrong else 0
 
 
@@ -78,6 +82,7 @@ def examine(
         )
     if not any(finding.error for finding in findings):
         findings.append(Finding("recipe", "every key is known, and none contradicts another"))
+    findings += preflight.warned(resolved.warnings)
     return resolved, list(dict.fromkeys(findings))
 
 
@@ -141,7 +146,7 @@ def plan(arguments: Any) -> int:
         speed = probe(run, recipe, overrides, corpus, arguments.probe)
     print(_plan_in_words(run, args, blocks, arguments.gpu, speed, arguments.price))
     for finding in findings:
-        if finding.error:
+        if finding.level != "note":
             print(f"\n{finding}")
     return 1 if any(finding.error for finding in findings) else 0
 

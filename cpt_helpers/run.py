@@ -19,7 +19,8 @@ from .errors import ParameterError, RunExistsError, StepError, StorageError
 PROJECT = Path(__file__).resolve().parent.parent
 STEPS = ("01_setup", "02_data", "03_config", "04_train", "05_checkpoints", "06_export")
 CLUSTER_STORAGE = Path("/mnt/cluster_storage")  # shared by all nodes of an Anyscale cluster
-_SHARED_FOLDERS = ("models", "corpora", "mlflow")  # beside the runs, on the same storage
+# Next to the runs, on the same storage. dataset_info.json is the registry of the corpora.
+SHARED = ("models", "corpora", "tokenised", "mlflow", "adapters", "dataset_info.json")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -40,17 +41,25 @@ class Run:
         """Names a run and makes sure its storage can be written.
 
         Raises:
-            ParameterError: The name is not one path component, or belongs to a shared folder.
+            ParameterError: The name is not one path component, is shared, or is a file's.
             StorageError: The storage does not exist, is no folder, or cannot be written.
         """
-        if not isinstance(name, str) or not _NAME.fullmatch(name) or name in _SHARED_FOLDERS:
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or name.lower() in SHARED:
             raise ParameterError(
                 f"RUN_NAME {name!r} cannot name a run",
                 expected="up to 64 letters, digits, '.', '_' or '-', starting with a letter or "
-                f"digit, and none of {', '.join(_SHARED_FOLDERS)} (folders the runs share)",
+                f"digit, and none of {', '.join(SHARED)} (shared by all runs)",
                 do="choose another name",
             )
-        return cls(name, storage_root(storage))
+        run = cls(name, storage_root(storage))
+        if run.folder.exists() and not run.folder.is_dir():
+            raise ParameterError(
+                f"RUN_NAME {name!r} cannot name a run: a file has this name",
+                where=run.folder,
+                expected="a new name, or the folder of a run",
+                do="choose another name",
+            )
+        return run
 
     @property
     def folder(self) -> Path:

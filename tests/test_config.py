@@ -9,8 +9,9 @@ import pytest
 import yaml
 from conftest import python
 
-from cpt_helpers import checks, config, data, planning, registry, sources
-from cpt_helpers.errors import ConfigError, RunExistsError
+from cpt_helpers import advice, checks, config, data, mixing, planning, registry, sources
+from cpt_helpers.assets import tokenizer_of
+from cpt_helpers.errors import ConfigError, ParameterError, RunExistsError
 from cpt_helpers.run import PROJECT, Run
 
 RECIPES = sorted((PROJECT / "train-configs").glob("*.yaml"))
@@ -282,3 +283,58 @@ def test_precision_follows_the_cpu(resolve, monkeypatch: pytest.MonkeyPatch) -> 
     assert resolve(bf16=True).args["bf16"] is True  # asked for is asked for
     monkeypatch.setattr(config, "cpu_has_bf16", lambda: True)
     assert resolve().args["bf16"] is True
+
+
+def test_whole_numbers_written_with_a_point_are_whole(resolve) -> None:
+    assert repr(resolve(max_steps=7.0).args["max_steps"]) == "7"
+
+
+@pytest.mark.parametrize("template", ["gemma", "gemma3", "chatml", "llama3"])
+def test_a_template_that_replaces_the_end_token_is_a_warning(resolve, template: str) -> None:
+    (warning,) = resolve(template=template).warnings
+    assert "replaces the end-of-sequence token <eos> by <" in str(warning)
+    assert warning.do == "template: empty" and warning.where == "OVERRIDES: template"
+
+
+def test_templates_that_keep_the_end_token(resolve, tiny_gemma3: Path, tmp_path: Path) -> None:
+    """Also one that would replace it, where the tokenizer ends documents by that token already."""
+    assert resolve().warnings == () and resolve(template="default").warnings == ()
+    tokenizer = tokenizer_of(str(tiny_gemma3))
+    tokenizer.eos_token = "<end_of_turn>"
+    tokenizer.save_pretrained(tmp_path)
+    args = {"template": "gemma", "model_name_or_path": str(tmp_path)}
+    assert advice.replaced_end_token(args) is None
+    hub = args | {"model_name_or_path": "google/gemma-3-4b-pt"}
+    assert advice.replaced_end_token(hub) == ("of the model", "<end_of_turn>")
+
+
+def test_an_evaluation_that_is_missing_and_one_that_is_declined(resolve) -> None:
+    (warning,) = resolve(eval_strategy=None, eval_steps=None).warnings
+    assert warning.do == "eval_strategy: steps\neval_steps: 50"
+    assert resolve(eval_strategy="no", eval_on_start=False).warnings == ()
+
+
+def test_documents_per_process(resolve, prepared: Run) -> None:
+    """The corpus is counted where step 2 has prepared it, and ``max_samples`` bounds it."""
+    count = data.load("news", prepared.storage).documents
+    held_out = {"eval_dataset": "news_heldout"}
+    (warning,) = resolve(corpus="news", preprocessing_num_workers=16, **held_out).warnings
+    assert f"preprocessing_num_workers: 16 for {count:,} documents" in str(warning)
+    assert resolve(corpus="news", preprocessing_num_workers=1, **held_out).warnings == ()
+    (warning,) = resolve(preprocessing_num_workers=4, max_samples=3000).warnings
+    assert warning.do == "preprocessing_num_workers: 3"
+    assert resolve(preprocessing_num_workers=2, max_samples=3000).warnings == ()
+
+
+def test_what_runs_share_cannot_name_a_run(tmp_path: Path, corpus: Path, tiny_gemma3: Path) -> None:
+    """Whatever the preparation of a run leaves next to the runs."""
+    made = data.prepare(str(corpus), tmp_path)
+    recipe = config.read_recipe("cpt_cpu.yaml")[1] | {"cutoff_len": 64}
+    mixing.for_recipe(recipe, [(made, 1.0)], [made], tokenizer_of(str(tiny_gemma3)))
+    shared = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")}
+    assert {"corpora", "tokenised", "dataset_info.json"} <= shared
+    (tmp_path / "a-file").write_text("")
+    for name in (*shared, "Tokenised", "models", "mlflow", "adapters", "a-file"):
+        with pytest.raises(ParameterError, match="cannot name a run"):
+            Run.open(name, tmp_path)
+    assert Run.open("tokenised-2", tmp_path).folder.name == "tokenised-2"

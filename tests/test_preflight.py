@@ -16,7 +16,7 @@ import yaml
 from conftest import python
 from nodes import Node, can_hide, cluster, free_port
 
-from cpt_helpers import config, data, environment, preflight, variables
+from cpt_helpers import config, data, environment, launch, preflight, variables
 from cpt_helpers.__main__ import main
 from cpt_helpers.errors import (
     AssetError,
@@ -89,11 +89,82 @@ def refused(run: Run, tiny: Path, overrides: dict) -> str:
         ({"neat_packing": True}, "LLaMA-Factory refuses the recipe"),
         ({"model_name_or_path": "<your_model>"}, "a placeholder was left in, <your_model>"),
         ({"eval_dataset": "nowhere"}, "unknown dataset 'nowhere'"),
+        ({"save_on_each_node": True}, "would write the same files on shared storage"),
+        ({"save_only_model": True}, "leaves nothing to resume from"),
+        ({"ray_storage_filesystem": "s3"}, "ray_storage_filesystem is ignored"),
+        ({"use_cpu": None, "resources_per_worker": {"GPU": 2}}, "each worker asks for 2 GPUs"),
+        ({"use_cpu": None, "resources_per_worker": {"GPU": 0.5}}, "each worker asks for 0.5 GPUs"),
+        ({"resources_per_worker": "all"}, "resources_per_worker: 'all' is not a mapping"),
+        (
+            {"ray_init_kwargs": {"runtime_env": "env.yaml"}},
+            "ray_init_kwargs.runtime_env: 'env.yaml'",
+        ),
+        ({"lr_scheduler_kwargs": '{"min_lr_rate": 0.1}'}, "is not a mapping"),
+        (
+            {"ray_init_kwargs": {"address": "auto", "runtime_env": {"pip": ["x"]}}},
+            "ray_init_kwargs: address, runtime_env.pip would be ignored",
+        ),
     ],
 )
 def test_a_recipe(run: Run, tiny_gemma3: Path, overrides: dict, said: str) -> None:
     message = refused(run, tiny_gemma3, overrides)
     assert said in message and "do:" in message, message
+
+
+@pytest.mark.parametrize(
+    ("name", "reader"),
+    [
+        ("LD_PRELOAD", "dynamic loader"),
+        ("PYTHONHASHSEED", "Python"),
+        ("MALLOC_ARENA_MAX", "C library"),
+        ("OMP_NUM_THREADS", "OpenMP"),
+        ("TORCH_NCCL_BLOCKING_WAIT", "process group"),
+        ("CUDA_VISIBLE_DEVICES", "CUDA"),
+        ("RAY_TRAIN_V2_ENABLED", "Ray"),
+    ],
+)
+def test_variables_that_arrive_too_late(
+    run: Run, tiny_gemma3: Path, name: str, reader: str
+) -> None:
+    variables = {name: "1", "NCCL_DEBUG": "INFO", "HF_HUB_ENABLE_HF_TRANSFER": "1"}
+    overrides = {"ray_init_kwargs": {"runtime_env": {"env_vars": variables}}}
+    message = refused(run, tiny_gemma3, overrides)
+    assert f"the variable {name} would have no effect" in message and reader in message
+    assert "NCCL_DEBUG" not in message and "HF_HUB" not in message, "these arrive in time"
+
+
+def test_what_ray_only_displays_is_a_warning(run: Run, tiny_gemma3: Path) -> None:
+    overrides = {"model_name_or_path": str(tiny_gemma3)}
+    overrides |= {"ray_init_kwargs": {"log_to_driver": True}}
+    (warning,) = config.resolve(run, "cpt_cpu.yaml", overrides, "handbook").warnings
+    assert warning.what == "ray_init_kwargs: log_to_driver will be ignored"
+
+
+def test_ray_trains_second_implementation_is_refused(
+    run: Run, args: dict, ray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process at once, before anything is written; on each node by its own variables."""
+    other = Run.open("second", run.storage)
+    monkeypatch.setenv("RAY_TRAIN_V2_ENABLED", "True")
+    with in_time(), pytest.raises(UnreadyError, match=r"RAY_TRAIN_V2_ENABLED=True(?s:.*)unset"):
+        launch.train(other, args)
+    assert not other.folder.exists()
+    findings = preflight.look(run, args, ray)
+    assert [f.subject for f in findings if f.error] == ["Ray Train"]
+    monkeypatch.delenv("RAY_TRAIN_V2_ENABLED")
+    code = f"""
+import json, os
+from pathlib import Path
+from cpt_helpers import environment, preflight
+from cpt_helpers.run import Run
+run, args = Run("preflight", Path({str(run.storage)!r})), json.loads({json.dumps(args)!r})
+os.environ["RAY_TRAIN_V2_ENABLED"] = "1"  # the processes of a cluster started here have it
+with environment.cluster() as ray:
+    del os.environ["RAY_TRAIN_V2_ENABLED"]
+    print(json.dumps([[f.subject, str(f.error or "")] for f in preflight.nodes(run, args, ray)]))
+"""
+    ((subject, error),) = python(code)
+    assert subject.startswith("node ") and "RAY_TRAIN_V2_ENABLED=1" in error and "host" in error
 
 
 def test_several_faults_are_told_at_once(run: Run, tiny_gemma3: Path) -> None:
@@ -249,6 +320,34 @@ print(json.dumps([seconds, said]))
     assert seconds < SECONDS
 
 
+def test_labels_of_gpus(run: Run) -> None:
+    """Ray labels an A100 without its size: one with a size is on no node, and is told so."""
+    code = f"""
+import json
+from cpt_helpers import config, environment, forecast, preflight
+from cpt_helpers.errors import UnreadyError
+args = config.read_recipe("cpt_4xA100-40G.yaml")[1] | {{"ray_num_workers": 1}}
+asked = [args, args | {{"resources_per_worker": {{"GPU": 1, "accelerator_type:A100-40G": 0.001}}}}]
+said = []
+with environment.cluster() as ray:
+    for recipe in asked:
+        try:
+            said.append(preflight.placement(ray, recipe))
+        except UnreadyError as error:
+            said.append(str(error))
+    file = {str(PROJECT / "deepspeed-configs" / "ds_z2_config.json")!r}  # 43 GiB
+    said.append(preflight.enough_memory(ray, args | {{"deepspeed": file, "ray_num_workers": 2}}))
+print(json.dumps(said))
+"""
+    gpu = Node(options=["--num-gpus", "1", "--resources", '{"accelerator_type:A100": 1}'])
+    with cluster(1, gpu) as address:
+        shipped, sized, memory = python(code, RAY_ADDRESS=address)
+    assert "accelerator_type:A100 each" in shipped and "placed" not in shipped
+    assert "no node offers accelerator_type:A100-40G" in sized
+    assert "labels that nodes have: accelerator_type:A100\n" in sized
+    assert "fits on an A100 of 80 GB, not on one of 40 GB" in memory
+
+
 class Hub(BaseHTTPRequestHandler):
     """What the hub answers: open, gated, unknown; and MLflow's API, by token."""
 
@@ -365,3 +464,109 @@ def test_the_dry_run_of_every_recipe(
     assert "nothing was launched" in said and "what was looked at" in said
     assert on_cpu or "cannot be placed" in said
     assert not list(tmp_path.iterdir()), "nothing may be written"
+
+
+# The recipe of "Continued Pre-Training (CPT) at scale with DeepSpeed", as the guide prints it.
+GUIDE = """\
+model_name_or_path: google/gemma-3-4b-pt
+trust_remote_code: true
+
+stage: pt
+do_train: true
+finetuning_type: full
+
+deepspeed: /mnt/cluster_storage/ds_z3_config.json
+
+dataset: my_cpt_c4
+dataset_dir: /mnt/cluster_storage
+template: gemma
+cutoff_len: 512
+max_samples: 1000
+overwrite_cache: true
+preprocessing_num_workers: 16
+
+output_dir: gemma3_4b_full_cpt
+logging_steps: 2
+save_steps: 50
+plot_loss: true
+overwrite_output_dir: true
+save_only_model: false
+report_to: mlflow
+
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 2
+learning_rate: 1.0e-4
+num_train_epochs: 2.0
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+bf16: true
+ddp_timeout: 180000000
+resume_from_checkpoint: null
+
+ray_run_name: gemma3_4b_full_cpt
+ray_storage_path: /mnt/cluster_storage
+ray_num_workers: 4
+resources_per_worker:
+  GPU: 1
+  anyscale/accelerator_shape:4xL40S: 0.001
+ray_init_kwargs:
+  runtime_env:
+    env_vars:
+      HF_TOKEN: <your_token>
+      HF_HUB_ENABLE_HF_TRANSFER: "1"
+      MLFLOW_TRACKING_TOKEN: <your_token>
+"""
+# What the guide's recipe is warned of, and the line that fixes it.
+WARNED = {
+    "template: gemma replaces the end-of-sequence token": "template: empty",
+    "trust_remote_code: true runs Python code": "trust_remote_code: false",
+    "overwrite_cache: true makes LLaMA-Factory tokenise again": "overwrite_cache: false",
+    "nothing is evaluated on held-out text": "eval_dataset: my_cpt_c4_heldout",
+    "preprocessing_num_workers: 16 for 1,000 documents": "preprocessing_num_workers: 1",
+}
+
+
+def test_the_guides_own_recipe_is_warned_of(
+    ray, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "guide.yaml").write_text(GUIDE)
+    storage = tmp_path / "storage"
+    given = ["--config", str(tmp_path / "guide.yaml"), "--storage", str(storage)]
+    assert main(["train", "--dry-run", "--run", "guide", *given]) == 1, "no GPU, and ddp_timeout"
+    said = capsys.readouterr().out.split("# what was looked at")[1]
+    for what, line in WARNED.items():
+        (warning,) = (part for part in said.split("\n! ") if what in part)
+        assert "guide.yaml" in warning and "expected:" in warning and f"do:       {line}" in warning
+    assert said.count("\n! ") == len(WARNED) and f"{len(WARNED)} warnings" in said
+    assert "ddp_timeout: 180000000 is out of range" in said
+
+
+def test_warnings_stop_nothing(
+    run: Run, ray, corpus: Path, tiny_gemma3: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The dry run's exit code, the table of notebook 03, and what is printed at launch."""
+    recipe = yaml.safe_load((PROJECT / "train-configs" / "cpt_cpu.yaml").read_text())
+    guides = yaml.safe_load(GUIDE)
+    doubtful = ("template", "trust_remote_code", "overwrite_cache", "preprocessing_num_workers")
+    recipe |= {key: guides[key] for key in doubtful} | {"max_samples": 1000, "report_to": "none"}
+    recipe |= {"model_name_or_path": str(tiny_gemma3), "dataset": "handbook"}
+    for key in ("eval_dataset", "eval_strategy", "eval_steps", "eval_on_start"):
+        del recipe[key]
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(yaml.safe_dump(recipe))
+    given = ["--config", str(mine), "--storage", str(run.storage), "--run", "warned"]
+    given += ["--corpus", str(corpus)]
+    assert main(["train", "--dry-run", *given]) == 0
+    assert "nothing to fix, 5 warnings" in capsys.readouterr().out
+    warned = Run.open("warned", run.storage)
+    resolved = config.resolve(warned, str(mine), {}, "handbook")
+    findings = preflight.warned(resolved.warnings) + preflight.look(warned, resolved.args | {
+        "deepspeed": str(resolved.deepspeed)}, ray)  # fmt: skip
+    preflight.raise_if_wrong(findings)
+    table = preflight.table(findings)
+    assert list(table["level"])[:5] == ["warning"] * 5 and set(table["level"][5:]) == {"note"}
+    assert all(table["do"][:5]) and not any(table["do"][5:])
+    config.write(warned, resolved)
+    preflight.before_launch(warned, config.load(warned))
+    said = capsys.readouterr().out
+    assert said.count("! recipe: ") == 5 and f"{warned.train_yaml}:" in said
