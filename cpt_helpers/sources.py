@@ -17,6 +17,7 @@ from typing import Any
 from . import assets, forms
 from .errors import DataError, nearest
 from .forms import Record
+from .redact import SECRET
 
 TIMEOUT = 30.0  # seconds without an answer from a server
 FORMS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".txt", ".md")
@@ -94,8 +95,15 @@ def find(corpus: str, column: str = "text", max_samples: int | None = None) -> S
         max_samples: Documents at most of a Hugging Face dataset.
 
     Raises:
-        DataError: Nothing is known or found by that name.
+        DataError: Nothing is known or found by that name, or it holds credentials.
     """
+    if SECRET.search(corpus):  # it would be recorded with the corpus
+        raise DataError(
+            "the corpus's URL holds credentials",
+            where=corpus,
+            expected="credentials in the environment, such as AWS_ACCESS_KEY_ID or HF_TOKEN",
+            do="take the user and the password out of the URL, or download the file first",
+        )
     if corpus in BUILTIN:
         builtin = BUILTIN[corpus]
         return Source(corpus, corpus, builtin.shards(), builtin.fraction, column="text")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from nodes import free_port
 
-from cpt_helpers import model_registry, pipeline, tracking, tracking_store
-from cpt_helpers.errors import CptError, ParameterError, TrackingError
+from cpt_helpers import model_registry, pipeline, sources, tracking, tracking_store
+from cpt_helpers.errors import CptError, DataError, ParameterError, TrackingError
 from cpt_helpers.notebook import defining_parameters
 from cpt_helpers.redact import redact
 from cpt_helpers.run import Run
@@ -80,6 +80,9 @@ def test_every_error_of_ours_hides_them() -> None:
 def test_a_parameter_with_credentials_is_refused() -> None:
     with pytest.raises(ParameterError, match="CORPUS holds a token") as refused:
         defining_parameters({"CORPUS": f"https://someone:{CANARY}@host/corpus.jsonl"})
+    assert CANARY not in str(refused.value)
+    with pytest.raises(DataError, match=r"holds credentials(?s:.*)https://\*\*\*@host") as refused:
+        sources.find(f"https://someone:{CANARY}@host/corpus.jsonl")  # as `train --corpus` does
     assert CANARY not in str(refused.value)
     harmless = {"CORPUS": "s3://bucket/a@b.jsonl"}
     assert defining_parameters(harmless) == harmless
