@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, nearest
+from .redact import SECRET
 from .registry import HELD_OUT, read_registry
 from .streams import hushed
 
@@ -23,7 +24,6 @@ _MAPPINGS = (
 )
 _PRECISIONS = ("bf16", "fp16")
 _SECRET_NAMES = ("TOKEN", "SECRET", "PASSWORD", "API_KEY")
-_TOKEN = re.compile(r"\bhf_\w{8,}|\bdapi[0-9a-f]{16,}|\bAKIA[0-9A-Z]{16}\b|\bsk-\w{16,}")
 _PLACEHOLDER = re.compile(r"<[^<>]*(your|YOUR|my)[^<>]*>|<[A-Z][A-Z_ -]+>")
 
 
@@ -286,7 +286,7 @@ def secrets(args: dict[str, Any], path: Path) -> Iterator[ConfigError]:
     for key, value in _strings(args):
         named = key.lower().endswith(("_token", "password", "secret", "api_key"))
         placeholder = _PLACEHOLDER.search(value)
-        if (named and value.strip() and not placeholder) or _TOKEN.search(value):
+        if (named and value.strip() and not placeholder) or SECRET.search(value):
             yield ConfigError(
                 f"the recipe holds a secret, {key}",
                 where=f"{path}{line_of(path, key.split('.')[0])}",
@@ -305,7 +305,7 @@ def secrets(args: dict[str, Any], path: Path) -> Iterator[ConfigError]:
 
 def has_token(value: Any) -> bool:
     """Whether something in a value looks like an access token."""
-    return any(_TOKEN.search(text) for _, text in _strings(value))
+    return any(SECRET.search(text) for _, text in _strings(value))
 
 
 def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from .redact import redact
+
 
 class CptError(Exception):
     """A problem the reader can act on.
@@ -17,9 +19,10 @@ class CptError(Exception):
     """
 
     def __init__(self, what: str, *, where: object = "", expected: str = "", do: str = "") -> None:
-        self.what, self.where, self.expected, self.do = what, str(where), expected, do
-        parts = [("where", self.where), ("expected", expected), ("do", do)]
-        lines = [what]
+        # Messages quote exceptions and URIs of other libraries, which can hold credentials.
+        self.what, self.where, self.expected, self.do = map(redact, (what, where, expected, do))
+        parts = [("where", self.where), ("expected", self.expected), ("do", self.do)]
+        lines = [self.what]
         for label, text in parts:
             if text:
                 lines.append(f"  {label + ':':<10}" + text.replace("\n", "\n" + " " * 12))

@@ -1,4 +1,4 @@
-"""MLflow's model registry: an exported model as a version, with where it comes from."""
+"""MLflow's model registry: an exported model as a version, with its lineage."""
 
 from __future__ import annotations
 
@@ -10,81 +10,80 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import tracking
+from . import tracking, tracking_store
 from .errors import TrackingError
 from .models import weights_sha256
 from .run import PROJECT, Run
-from .variables import worker_environment
 
 
 def register(
     run: Run, args: dict[str, Any], exported: dict[str, Any], name: str = ""
 ) -> int | None:
-    """Makes the exported model a version in MLflow's registry, with where it comes from.
+    """Registers the exported model as a version in MLflow's registry, with its lineage.
 
-    By reference: the version names the folder and the sha256 of its weights. A copy would take
-    gigabytes through the tracking server for each version, and servers load from the storage.
+    The version refers to the folder and to the sha256 of its weights. A copy would send gigabytes
+    through the tracking server for each version, and model servers load from the storage.
 
     Args:
-        run: Whose.
+        run: The run that was exported.
         args: Its resolved recipe.
-        exported: As for :func:`tracking.add_export`; ``path`` and ``perplexity`` are looked at.
+        exported: As for :func:`tracking.add_export`; ``path`` and ``perplexity`` are used.
         name: The model's name in the registry; default the run's.
 
     Returns:
-        The version; that of the same weights in the same folder is not made twice. ``None`` where
-        the recipe reports to nothing of MLflow's.
+        The version. The same weights in the same folder keep their version. ``None`` where the
+        recipe does not report to MLflow.
 
     Raises:
         TrackingError: MLflow does not answer, or does not know the run.
     """
-    if "mlflow" not in str(args.get("report_to")):
+    if not tracking_store.reports(args):
         return None
     from mlflow.exceptions import MlflowException
 
-    uri, name = worker_environment(run, args)["MLFLOW_TRACKING_URI"], name or run.name
+    uri, name = tracking_store.store_of(run, args)[0], name or run.name
     client, found = tracking.known_run(run, uri)
     tags = _lineage(run, args, exported)
     try:
-        with suppress(MlflowException):  # it is there already
+        with suppress(MlflowException):  # it exists
             client.create_registered_model(name)
         for known in client.search_model_versions(f"name = '{name}'"):
             if all(known.tags.get(key) == tags[key] for key in ("cpt.path", "cpt.weights")):
                 return int(known.version)
-        # A server takes no path as a source; the run's artifacts hold export.json, which has it.
+        # A server accepts no path as a source. The run's artifact export.json holds the path.
         source = f"runs:/{found.info.run_id}/export.json"
         made = client.create_model_version(name, source, found.info.run_id, tags=tags)
     except Exception as error:
-        raise tracking.no_answer(uri, error) from None
+        raise tracking_store.no_answer(uri, error) from None
     return int(made.version)
 
 
 def registered(uri: str, name: str, version: int | None = None) -> tuple[Path, dict[str, str]]:
-    """A model of MLflow's registry: the folder it lies in, and where it comes from.
+    """Finds a model of MLflow's registry: its folder and its lineage.
 
     Args:
         uri: The tracking server, or the embedded store, ``sqlite:///<storage>/mlflow/mlflow.db``.
         name: The model's name in the registry.
-        version: Which; default the newest.
+        version: The version; default the newest.
 
     Returns:
         The folder, whose weights are the registered ones, and the version's tags.
 
     Raises:
-        TrackingError: MLflow does not answer, knows no such model, or the folder does not hold
-            these weights any more.
+        TrackingError: MLflow does not answer, knows no such model, or the folder no longer holds
+            these weights.
     """
     try:
-        found = tracking.client_of(uri).search_model_versions(f"name = '{name}'")
+        found = tracking_store.client_of(uri).search_model_versions(f"name = '{name}'")
     except Exception as error:
-        raise tracking.no_answer(uri, error) from None
+        raise tracking_store.no_answer(uri, error) from None
     versions = {int(one.version): one for one in found if "cpt.path" in one.tags}
     chosen = versions.get(max(versions, default=0) if version is None else version)
     if chosen is None:
         raise TrackingError(
             f"MLflow's registry has no model '{name}'"
             + (f", version {version}" if version else ""),
-            where=uri.split("@")[-1],
+            where=uri,
             expected=f"one of the versions {sorted(versions)}"
             if versions
             else "a registered model",
@@ -93,16 +92,17 @@ def registered(uri: str, name: str, version: int | None = None) -> tuple[Path, d
     folder = Path(chosen.tags["cpt.path"])
     if weights_sha256(folder) != chosen.tags["cpt.weights"]:
         raise TrackingError(
-            f"'{name}' version {chosen.version} is not what was registered any more",
+            f"the folder of '{name}' version {chosen.version} no longer holds the registered "
+            "weights",
             where=folder,
-            expected=f"a folder whose weights have the sha256 {chosen.tags['cpt.weights'][:12]}…",
-            do="export the run again and register that, or take another version",
+            expected=f"weights with the sha256 {chosen.tags['cpt.weights'][:12]}…",
+            do="export the run again and register it, or use another version",
         )
     return folder, dict(chosen.tags)
 
 
 def _lineage(run: Run, args: dict[str, Any], exported: dict[str, Any]) -> dict[str, str]:
-    """Where a model comes from and what it came to, as tags: MLflow's values are short strings."""
+    """Where a model comes from, and its perplexities, as tags, whose values are short strings."""
     step = run.step_json("03_config")
     recipe = json.loads(step.read_text("utf-8"))["parameters"] if step.is_file() else {}
     tags = {
@@ -125,7 +125,7 @@ def _lineage(run: Run, args: dict[str, Any], exported: dict[str, Any]) -> dict[s
 
 
 def _code_version() -> str:
-    """The commit this package is at, marked where files differ from it, else its release."""
+    """The commit of this package, marked where files differ from it; else its release."""
     git = ["git", "-C", str(PROJECT)]
     with suppress(OSError, subprocess.CalledProcessError):
         if (PROJECT / ".git").exists():

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import assets, config, environment, launch, planning, show, training_data
+from . import assets, config, environment, launch, planning, show, tracking, training_data
 from .errors import ParameterError, RunExistsError, StepError
 from .notebook import as_overrides, defining_parameters, refuse_other_settings
 from .run import PROJECT, STEPS, Run
@@ -104,7 +104,7 @@ def summary_table(run: Run) -> str:
         ("results", str(run.results_json)),
     ]
     if results.get("tracking"):
-        rows.append(("MLflow", f"mlflow ui --backend-store-uri {results['tracking']}"))
+        rows.append(("MLflow", tracking.how_to_open(results["tracking"])))
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"  {label:<{width}}  {value}" for label, value in rows)
 

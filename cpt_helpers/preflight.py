@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from . import advice, checkpoints, environment, forecast, hub, planning, refused, tracking
+from . import advice, checkpoints, environment, forecast, hub, planning, refused, tracking_store
 from .checks import names_of
 from .errors import AssetError, CptError, DataError, StorageError, UnreadyError
 from .findings import Finding
@@ -108,7 +108,7 @@ def server(run: Run, args: dict[str, Any]) -> str:
     Raises:
         TrackingError: It does not answer, or not to this user.
     """
-    return tracking.ask(run, args, _SECONDS)
+    return tracking_store.ask(run, args, _SECONDS)
 
 
 def placement(ray: Any, args: dict[str, Any], *, wait: bool = False) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from .redact import redact
 from .run import Run
 
 if TYPE_CHECKING:
@@ -72,10 +73,10 @@ def progress(run: Run, attempt: str = "") -> tuple[int, int, str]:
 
 
 def say(line: str) -> None:
-    """Says something that stays, beside a line that changes."""
+    """Prints a line that stays, next to a progress line that changes; credentials are hidden."""
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr)
-    print(line, file=sys.stderr, flush=True)
+    print(redact(line), file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from . import assets, forms
 from .errors import DataError, nearest
 from .files import COMPRESSED, FORMS, Shard, first_line, require_regular, shards_of
 from .forms import Record
+from .redact import SECRET
 
 C4_URL = (  # the file of the guide "Continued Pre-Training (CPT) at scale with DeepSpeed"
     "https://anyscale-public-materials.s3.us-west-2.amazonaws.com/"
@@ -74,8 +75,15 @@ def find(corpus: str, column: str = "text", max_samples: int | None = None) -> S
         max_samples: Documents at most of a Hugging Face dataset.
 
     Raises:
-        DataError: Nothing is known or found by that name.
+        DataError: Nothing is known or found by that name, or it holds credentials.
     """
+    if SECRET.search(corpus):  # it would be recorded with the corpus
+        raise DataError(
+            "the corpus's URL holds credentials",
+            where=corpus,
+            expected="credentials in the environment, such as AWS_ACCESS_KEY_ID or HF_TOKEN",
+            do="take the user and the password out of the URL, or download the file first",
+        )
     if corpus in BUILTIN:
         builtin = BUILTIN[corpus]
         return Source(corpus, corpus, builtin.shards(), builtin.fraction, column="text")

@@ -1,4 +1,4 @@
-"""MLflow: an embedded store on the storage, or the server the environment names."""
+"""The driver's records in MLflow: a run's metrics, files and export."""
 
 from __future__ import annotations
 
@@ -7,132 +7,59 @@ import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from . import curves, show
 from .config import held_out_of
 from .errors import TrackingError
+from .redact import redact
 from .run import Run
 from .streams import hushed
-from .variables import worker_environment
+from .tracking_store import client_of, no_answer, reports, store_of
 
 _MARK = "cpt.run"  # the tag by which a run is known again
 _SEND_SECONDS = 2.0
 
 
+def how_to_open(uri: str) -> str:
+    """How a reader opens MLflow's pages of a store, without the store's credentials."""
+    if uri.startswith(("http", "databricks")):
+        return redact(uri)
+    return f"mlflow ui --backend-store-uri {redact(uri)}    # then http://127.0.0.1:5000"
+
+
 def prepare(run: Run, args: dict[str, Any]) -> str | None:
-    """Makes the embedded MLflow store ready, so that only one process ever creates it.
+    """Creates the experiment, and the embedded store, so that only one process ever does.
 
     Returns:
-        The tracking URI in use; ``None`` where the recipe reports to nothing of MLflow's.
+        The tracking URI without its credentials; ``None`` where the recipe does not report to
+        MLflow.
 
     Raises:
-        TrackingError: A server is named by ``MLFLOW_TRACKING_URI`` and does not answer.
+        TrackingError: The store does not answer.
     """
-    if "mlflow" not in str(args.get("report_to")):
+    if not reports(args):
         return None
     import mlflow
 
-    variables = worker_environment(run, args)
-    uri, experiment = variables["MLFLOW_TRACKING_URI"], variables["MLFLOW_EXPERIMENT_NAME"]
+    uri, experiment, _ = store_of(run, args)
     run.mlflow_db.parent.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     try:
-        mlflow.set_tracking_uri(uri)
         with hushed():  # fifty lines of a new database's migrations
+            client_of(uri)
             known = mlflow.get_experiment_by_name(experiment)
         if known is None:
             store = (run.mlflow_db.parent / "artifacts").as_uri() if "sqlite" in uri else None
             mlflow.create_experiment(experiment, artifact_location=store)
     except Exception as error:
         raise no_answer(uri, error) from None
-    return uri
-
-
-def ask(run: Run, args: dict[str, Any], timeout: float) -> str:
-    """Asks the tracking server whether it is there and lets this user in; writes nothing.
-
-    Raises:
-        TrackingError: It does not answer, or refuses.
-    """
-    if "mlflow" not in str(args.get("report_to")):
-        return "nothing is reported (report_to: none)"
-    variables = worker_environment(run, args)
-    uri, experiment = variables["MLFLOW_TRACKING_URI"], variables["MLFLOW_EXPERIMENT_NAME"]
-    if uri.startswith("databricks"):
-        return _ask_databricks(uri, experiment, variables)
-    if not uri.startswith("http"):
-        return f"MLflow's embedded store, {uri.split('@')[-1]}"
-    import requests
-
-    token = variables.get("MLFLOW_TRACKING_TOKEN")
-    user = variables.get("MLFLOW_TRACKING_USERNAME")
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    login = (user, variables.get("MLFLOW_TRACKING_PASSWORD", "")) if user else None
-    where = f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/get-by-name"
-    try:
-        answer = requests.get(
-            where,
-            params={"experiment_name": experiment},
-            headers=headers,
-            auth=login,
-            timeout=timeout,
-        )
-    except requests.RequestException as error:
-        raise no_answer(uri, error) from None
-    if answer.status_code in (401, 403):
-        raise TrackingError(
-            f"MLflow's server does not let this user in ({answer.status_code} {answer.reason})",
-            where=uri.split("@")[-1],
-            expected="a token or a user with leave to write to the experiment "
-            f"'{experiment}': " + ("one is set" if token or login else "none is set"),
-            do="export MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and _PASSWORD; or train "
-            "without tracking: OVERRIDES = {'report_to': 'none'}",
-        )
-    known = answer.status_code == 200 and "experiment" in answer.text
-    absent = answer.status_code == 404 and "RESOURCE_DOES_NOT_EXIST" in answer.text
-    if not known and not absent:
-        raise no_answer(uri, OSError(f"{answer.status_code} {answer.reason}, not MLflow's API"))
-    return f"MLflow at {uri.split('@')[-1]}, experiment '{experiment}'" + " (new)" * absent
-
-
-def _ask_databricks(uri: str, experiment: str, variables: dict[str, str]) -> str:
-    """What Databricks needs of its users; its server is asked when the run is opened."""
-    profile = Path("~/.databrickscfg").expanduser().is_file()
-    lacking = [n for n in ("DATABRICKS_HOST", "DATABRICKS_TOKEN") if not variables.get(n)]
-    if lacking and not profile:
-        raise TrackingError(
-            f"MLflow is to report to Databricks, and {' and '.join(lacking)} "
-            f"{'are' if len(lacking) > 1 else 'is'} not set",
-            where=f"MLFLOW_TRACKING_URI={uri}",
-            expected="DATABRICKS_HOST=https://…, DATABRICKS_TOKEN=…, or ~/.databrickscfg",
-            do="export them before starting; they reach the workers from there and no file",
-        )
-    if not experiment.startswith("/"):
-        raise TrackingError(
-            f"Databricks takes no experiment named '{experiment}'",
-            where="MLFLOW_EXPERIMENT_NAME",
-            expected="an absolute path of the workspace, such as /Users/you@example.com/cpt",
-            do="export MLFLOW_EXPERIMENT_NAME=/Users/…/cpt",
-        )
-    return f"MLflow on Databricks, experiment '{experiment}'"
-
-
-def no_answer(uri: str, error: Exception) -> TrackingError:
-    """What to raise where MLflow itself failed: its own words, cut to a line."""
-    return TrackingError(
-        f"MLflow's tracking store does not answer: {(str(error).splitlines() or [''])[0][:200]}",
-        where=uri.split("@")[-1],  # without a user's password
-        expected="a running server, and leave to write to it",
-        do="correct MLFLOW_TRACKING_URI, unset it for the embedded store, or train without "
-        "tracking: OVERRIDES = {'report_to': 'none'}",
-    )
+    return redact(uri)
 
 
 def catch_up(run: Run, args: dict[str, Any]) -> None:
-    """Sends what MLflow did not take while a run was trained that is complete now."""
-    if "mlflow" in str(args.get("report_to")):
+    """Sends what MLflow did not accept while a run was trained that is complete now."""
+    if reports(args):
         with mirrored(run, args):
             pass
 
@@ -141,16 +68,15 @@ def catch_up(run: Run, args: dict[str, Any]) -> None:
 def mirrored(run: Run, args: dict[str, Any]) -> Iterator[None]:
     """Sends the run's events to MLflow while the block runs, each step once, also over restarts.
 
-    The driver does it, from ``metrics.jsonl``: a tracking server that fails for a while does not
-    stop the workers, and what was not sent is sent later. A run taken up again continues its
-    MLflow run.
+    The driver sends them, from ``metrics.jsonl``. A tracking server that fails for a while does
+    not stop the workers: the events are sent later. A resumed run continues its MLflow run.
     """
-    uri = prepare(run, args)
-    if uri is None:
+    if prepare(run, args) is None:
         yield
         return
+    uri, experiment, _ = store_of(run, args)
     try:
-        mirror = _Mirror(run, args, uri)
+        mirror = _Mirror(run, args, client_of(uri), experiment)
     except Exception as error:
         raise no_answer(uri, error) from None
     done = threading.Event()
@@ -171,17 +97,16 @@ def mirrored(run: Run, args: dict[str, Any]) -> Iterator[None]:
 
 
 class _Mirror:
-    """A run in MLflow, and what of it has been sent."""
+    """A run in MLflow, and the metrics that have been sent to it."""
 
-    def __init__(self, run: Run, args: dict[str, Any], uri: str) -> None:
-        self.run, self.args, self.client = run, args, client_of(uri)
+    def __init__(self, run: Run, args: dict[str, Any], client: Any, experiment: str) -> None:
+        self.run, self.args, self.client = run, args, client
         self.failed = False
         found = _find(self.client, run)
         if found is None:
-            name = worker_environment(run, args)["MLFLOW_EXPERIMENT_NAME"]
-            experiment = self.client.get_experiment_by_name(name)
+            known = self.client.get_experiment_by_name(experiment)
             found = self.client.create_run(
-                experiment.experiment_id, run_name=run.name, tags={_MARK: _mark(run)}
+                known.experiment_id, run_name=run.name, tags={_MARK: _mark(run)}
             )
         self.id = found.info.run_id
         self.client.update_run(self.id, status="RUNNING")
@@ -195,8 +120,8 @@ class _Mirror:
     def _describe(self, args: dict[str, Any], known: dict[str, str]) -> None:
         from mlflow.entities import Param
 
-        said = {key: str(value)[:500] for key, value in args.items() if key not in known}
-        self.client.log_batch(self.id, params=[Param(key, value) for key, value in said.items()])
+        fresh = {key: str(value)[:500] for key, value in args.items() if key not in known}
+        self.client.log_batch(self.id, params=[Param(key, value) for key, value in fresh.items()])
 
     def send(self) -> None:
         from mlflow.entities import Metric
@@ -208,11 +133,11 @@ class _Mirror:
             if (key, event["step"]) not in self.sent
         ]
         try:
-            for i in range(0, len(fresh), 500):  # MLflow takes a thousand at once
+            for i in range(0, len(fresh), 500):  # MLflow accepts a thousand at once
                 self.client.log_batch(self.id, metrics=fresh[i : i + 500])
         except Exception as error:
             if not self.failed:
-                show.say(f"MLflow does not take metrics now, they will be sent later: {error}")
+                show.say(f"MLflow does not accept metrics now; they are sent later: {error}")
             self.failed = True
             return
         self.failed = False
@@ -224,7 +149,7 @@ class _Mirror:
             complete = self.run.state == "complete"
             self.client.set_terminated(self.id, "FINISHED" if complete else "FAILED")
         except Exception as error:
-            show.say(f"MLflow was not told that the run ended: {error}")
+            show.say(f"MLflow's record of the run could not be closed: {error}")
 
     def _keep_files(self) -> None:
         """The resolved files, and the curves so far, as artifacts."""
@@ -238,30 +163,33 @@ class _Mirror:
                 self.client.log_artifact(self.id, str(path), "figures")
             self.client.log_artifacts(self.id, str(self.run.config_dir), "config")
         except Exception as error:
-            show.say(f"MLflow did not take the run's files: {error}")
+            show.say(f"MLflow did not accept the run's files: {error}")
 
 
 def add_export(run: Run, args: dict[str, Any], exported: dict[str, Any]) -> None:
-    """Notes in MLflow where the exported model lies, and what it came to.
+    """Records in MLflow where the exported model is, and its perplexities.
 
     Args:
-        run: Whose.
+        run: The run that was exported.
         args: Its resolved recipe.
         exported: ``path``, ``dtype``, ``perplexity`` by role, ….
 
     Raises:
         TrackingError: MLflow does not answer, or does not know the run.
     """
-    if "mlflow" not in str(args.get("report_to")):
+    if not reports(args):
         return
-    uri = worker_environment(run, args)["MLFLOW_TRACKING_URI"]
+    uri = store_of(run, args)[0]
     client, found = known_run(run, uri)
-    client.set_tag(found.info.run_id, "cpt.export", exported["path"])
-    client.log_dict(found.info.run_id, exported, "export.json")
+    try:
+        client.set_tag(found.info.run_id, "cpt.export", exported["path"])
+        client.log_dict(found.info.run_id, exported, "export.json")
+    except Exception as error:
+        raise no_answer(uri, error) from None
 
 
 def _metrics(event: dict[str, Any]) -> dict[str, float]:
-    """An event's figures by MLflow's names for them, which are the trainer's."""
+    """An event's numbers, by the trainer's names, which MLflow users know."""
     if event["event"] == "eval":
         return {f"eval_{event['dataset']}_loss": event["loss"]}
     if event["event"] == "step":
@@ -287,21 +215,10 @@ def known_run(run: Run, uri: str) -> tuple[Any, Any]:
     if found is None:
         raise TrackingError(
             f"MLflow has no run named '{run.name}'",
-            where=uri.split("@")[-1],
+            where=uri,
             do="run notebook 04_train again",
         )
     return client, found
-
-
-def client_of(uri: str) -> Any:
-    """MLflow's client for a store; the process's own URI is set to it too.
-
-    MLflow 3.4.0 looks for a run's artifacts by the process's URI, whatever the client's is.
-    """
-    import mlflow
-
-    mlflow.set_tracking_uri(uri)
-    return mlflow.MlflowClient(uri)
 
 
 def _find(client: Any, run: Run) -> Any | None:
@@ -321,13 +238,13 @@ def _mark(run: Run) -> str:
     return path.read_text("utf-8")
 
 
-def recorded(run: Run, uri: str) -> dict[str, Any]:
+def recorded(run: Run, args: dict[str, Any]) -> dict[str, Any]:
     """The run in MLflow: its name, status and last metrics.
 
     Raises:
         TrackingError: MLflow does not answer, or does not know the run.
     """
-    _, found = known_run(run, uri)
+    _, found = known_run(run, store_of(run, args)[0])
     return {
         "id": found.info.run_id,
         "name": found.info.run_name,

@@ -1,4 +1,4 @@
-"""Variables the workers need, secrets among them: from the driver to them, and into no file."""
+"""Environment variables of the workers: from the driver through Ray's memory, into no file."""
 
 from __future__ import annotations
 
@@ -14,22 +14,17 @@ from .errors import TrackingError
 from .run import Run
 
 VARIABLES = b"cpt_helpers"  # namespace in the key-value store of Ray's head, which is in memory
+OF_MLFLOW = ("MLFLOW_", "DATABRICKS_")
 
 
-def worker_environment(run: Run, args: dict[str, Any]) -> dict[str, str]:
-    """Variables the workers need: where MLflow's store is, and the secrets of this process.
+def worker_environment(args: dict[str, Any]) -> dict[str, str]:
+    """Variables of the workers: the recipe's, and the access to hub and buckets of this process.
 
-    They reach the workers by :func:`variables_for_workers`, and no file.
+    The driver reports to MLflow. No worker does, so MLflow's variables stay with the driver.
     """
-    passed = ("HF_TOKEN", "HF_HOME", "HF_HUB_OFFLINE", "HF_HUB_ENABLE_HF_TRANSFER")
-    of = ("MLFLOW_", "DATABRICKS_", "AWS_")
-    names = [n for n in os.environ if n in passed or n.startswith(of)]
-    variables = worker_variables(args) | {name: os.environ[name] for name in names}
-    if "mlflow" in str(args.get("report_to")):
-        variables.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{run.mlflow_db}")
-        variables.setdefault("MLFLOW_EXPERIMENT_NAME", "cpt")
-        variables.setdefault("MLFLOW_FLATTEN_PARAMS", "1")
-    return variables
+    own = {name: value for name, value in os.environ.items() if name.startswith(("HF_", "AWS_"))}
+    variables = worker_variables(args) | own
+    return {name: value for name, value in variables.items() if not name.startswith(OF_MLFLOW)}
 
 
 @contextmanager
@@ -48,7 +43,7 @@ def handed_to_workers(run: Run, args: dict[str, Any]) -> Iterator[Callable[..., 
     key = str(run.folder).encode()
 
     def hand_over(attempt: str, resume: dict[str, Any] | None) -> None:
-        variables = worker_environment(run, args)
+        variables = worker_environment(args)
         values = {"variables": variables, "attempt": attempt, "resume": resume}
         internal_kv._internal_kv_put(
             key, json.dumps(values).encode(), overwrite=True, namespace=VARIABLES
@@ -64,7 +59,7 @@ def take_over(run: Run) -> dict[str, Any]:
     """In a worker: the ``variables``, ``attempt`` and ``resume`` that the driver handed over.
 
     Raises:
-        TrackingError: There are none: the driver has ended.
+        TrackingError: There are none, because the driver has ended.
     """
     from ray.experimental import internal_kv
 

@@ -234,7 +234,7 @@ def test_the_driver_killed(new, undisturbed, killed, seen) -> None:
     step = killed.saved[-1]
     assert f"was interrupted: it goes on from step {step}" in trained.output
     assert trained.starts == [0, step]
-    same(trained, undisturbed, seen, f"went on from step {step}")
+    same(trained, undisturbed, seen, f"resumed from step {step}")
 
 
 def test_the_driver_stopped_by_hand(new, undisturbed, seen) -> None:
@@ -245,7 +245,7 @@ def test_the_driver_stopped_by_hand(new, undisturbed, seen) -> None:
     step = trained.saved[-1]
     assert trained.train() == 0, trained.output
     assert trained.starts == [0, step]
-    same(trained, undisturbed, seen, f"said so, went on from step {step}")
+    same(trained, undisturbed, seen, f"clear message, resumed from step {step}")
 
 
 def _shard(trained: Trained) -> Path:
@@ -290,7 +290,7 @@ def test_a_damaged_checkpoint(
     assert f"it goes on from step {step}" in trained.output
     assert trained.starts == [0, step]
     seen["fault"] = f"{number} · {what}"
-    same(trained, undisturbed, seen, f"passed over, saying why; went on from step {step}")
+    same(trained, undisturbed, seen, f"skipped with its reason; resumed from step {step}")
 
 
 def test_every_checkpoint_damaged(new, killed, seen) -> None:
@@ -331,7 +331,7 @@ def test_the_storage_full(new, undisturbed, small_file_system, seen) -> None:
     assert checkpoints.latest(trained.run).step == 6
     assert trained.train() == 0, trained.output
     assert trained.starts == [0, 6]
-    same(trained, undisturbed, seen, "a clear error; with room again, went on from step 6")
+    same(trained, undisturbed, seen, "a clear error; with room again, resumed from step 6")
 
 
 def test_killed_twice(new, undisturbed, seen) -> None:
@@ -388,7 +388,7 @@ def test_other_numbers_of_workers(new, undisturbed, killed, seen) -> None:
         assert ours == pytest.approx(theirs, abs=2e-4), step
     worst = max(abs(a[1] - b[1]) for a, b in zip(trained.losses, undisturbed.losses, strict=True))
     seen.update(
-        seen=f"converted; every loss within {max(worst, 5e-5):.0e} of the undisturbed run's",
+        seen=f"converted; every loss within {max(worst, 5e-5):.0e} of the uninterrupted run's",
         weights="",
         seconds=round(trained.seconds),
     )

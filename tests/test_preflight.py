@@ -433,21 +433,27 @@ def test_tracking_servers(run: Run, args: dict, hub: str, monkeypatch: pytest.Mo
     with in_time(), pytest.raises(TrackingError, match=r"does not answer(?s:.*)report_to"):
         preflight.server(run, reporting)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", hub)
-    with in_time(), pytest.raises(TrackingError, match=r"let this user in \(403(?s:.*)none is set"):
+    with (
+        in_time(),
+        pytest.raises(TrackingError, match=r"refused this user(?s:.*)none is set"),
+    ):
         preflight.server(run, reporting)
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "allowed")
     with in_time():
         assert "(new)" in preflight.server(run, reporting)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "databricks")
-    with in_time(), pytest.raises(TrackingError, match="DATABRICKS_HOST and DATABRICKS_TOKEN are"):
+    with (
+        in_time(),
+        pytest.raises(TrackingError, match="DATABRICKS_HOST and DATABRICKS_TOKEN are"),
+    ):
         preflight.server(run, reporting)
     monkeypatch.setenv("DATABRICKS_HOST", "https://example.invalid")
     monkeypatch.setenv("DATABRICKS_TOKEN", "t")
-    with in_time(), pytest.raises(TrackingError, match="no experiment named 'cpt'"):
+    with in_time(), pytest.raises(TrackingError, match="'cpt' is not the name of an exp"):
         preflight.server(run, reporting)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "/Users/someone/cpt")
     assert "Databricks" in preflight.server(run, reporting)
-    assert variables.worker_environment(run, reporting)["DATABRICKS_TOKEN"] == "t"
+    assert not {n for n in variables.worker_environment(reporting) if n.startswith("DATABRICKS")}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

@@ -275,7 +275,7 @@ def test_a_registered_model_is_found_and_asked(
     assert models.continuation(model, tokenizer, PROMPT, new_tokens=8)
 
     (other / "model.safetensors").write_bytes(b"other weights")
-    with pytest.raises(TrackingError, match="'tiny' version 2 is not what was registered"):
+    with pytest.raises(TrackingError, match="'tiny' version 2 no longer holds the registered"):
         model_registry.registered(uri, "tiny")
     with pytest.raises(TrackingError, match=r"no model 'tiny', version 9(.|\n)*\[1, 2\]"):
         model_registry.registered(uri, "tiny", 9)

@@ -7,17 +7,14 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import yaml
-from nodes import Node, can_hide, cluster, free_port
+from nodes import Node, can_hide, cluster
 
 from cpt_helpers import (
     assets,
@@ -46,6 +43,7 @@ CANARIES = {
     "AWS_ACCESS_KEY_ID": "AKIA0CANARY0CANARY00",  # Ray Tune would have Ray log these two
     "AWS_SECRET_ACCESS_KEY": "canary/of/a/key/to/buckets",
 }
+URI_CANARY = "canary-inside-a-uri"  # the password of MLFLOW_TRACKING_URI
 STEPS_TAKEN, BLOCK, WORKERS, MICRO = 12, 64, 2, 2
 
 
@@ -298,31 +296,7 @@ def holding(secrets: Iterable[str], *folders: Path) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """MLflow's own server, with SQLite."""
-    home = tmp_path_factory.mktemp("mlflow-server")
-    port = free_port()
-    command = [
-        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
-        "--backend-store-uri", f"sqlite:///{home}/mlflow.db",
-        "--artifacts-destination", str(home / "artifacts"), "--workers", "1",
-    ]  # fmt: skip
-    log = (home / "log").open("wb")
-    process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-    uri = f"http://127.0.0.1:{port}"
-    for _ in range(240):
-        try:
-            urllib.request.urlopen(f"{uri}/health", timeout=1).close()
-            break
-        except OSError:
-            time.sleep(0.5)
-    yield uri
-    os.killpg(process.pid, signal.SIGTERM)
-    process.wait(timeout=30)
-
-
-@pytest.fixture(scope="module")
-def spread(walked: Run, server: str) -> Run:
+def spread(walked: Run, mlflow_server: str) -> Run:
     """The same training on two nodes, the second of which shares only the storage."""
     if not can_hide():
         pytest.skip("needs mounts of its own (root, or user namespaces)")
@@ -336,15 +310,17 @@ def spread(walked: Run, server: str) -> Run:
     tests = str(Path(__file__).parent)
     path = f"{tests}:{os.environ.get('PYTHONPATH', '')}"
     strange = Node(hides=[PROJECT / "cpt_helpers", Path("/tmp/ray")])
+    uri = mlflow_server.replace("://", f"://someone:{URI_CANARY}@")
     witness = {"PYTHONPATH": path, "CPT_FAULTS": json.dumps([{"what": "witness"}])}
     with cluster(1, strange, **witness) as address:
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-m", "faults.drive", run.storage, run.name, "{}"],
-            env=os.environ | CANARIES | {"RAY_ADDRESS": address, "MLFLOW_TRACKING_URI": server}
+            env=os.environ | CANARIES | {"RAY_ADDRESS": address, "MLFLOW_TRACKING_URI": uri}
             | {"PYTHONPATH": path},
             capture_output=True, text=True, timeout=400,
         )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+    assert URI_CANARY not in done.stdout + done.stderr
     return run
 
 
@@ -362,13 +338,13 @@ def test_two_nodes_end_in_the_same_weights(walked: Run, spread: Run) -> None:
     packages = [rank["package"] for rank in seen]
     assert any("py_modules" in package for package in packages), "cpt_helpers was not shipped"
     assert [c.step for c in checkpoints.listing(spread)] == [5, 10, STEPS_TAKEN]
-    assert not holding(CANARIES.values(), spread.folder)
+    assert not holding([*CANARIES.values(), URI_CANARY], spread.folder)
 
 
-def test_a_tracking_server_has_everything(spread: Run, server: str, tmp_path: Path) -> None:
+def test_a_tracking_server_has_everything(spread: Run, mlflow_server: str, tmp_path: Path) -> None:
     import mlflow
 
-    client = mlflow.MlflowClient(server)
+    client = mlflow.MlflowClient(mlflow_server)
     experiment = client.get_experiment_by_name("cpt")
     (found,) = client.search_runs([experiment.experiment_id])
     assert (found.info.run_name, found.info.status) == ("spread", "FINISHED")
@@ -381,9 +357,9 @@ def test_a_tracking_server_has_everything(spread: Run, server: str, tmp_path: Pa
     exported = {"path": str(tmp_path), "dtype": "float32"}
     mlflow.set_tracking_uri(f"sqlite:///{spread.mlflow_db}")  # as another run of this kernel may
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", server)
+        patch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
         tracking.add_export(spread, config.load(spread), exported)
-        mlflow.set_tracking_uri(server)
+        mlflow.set_tracking_uri(mlflow_server)
     where = Path(client.download_artifacts(found.info.run_id, "", str(tmp_path)))
     names = {str(path.relative_to(where)) for path in where.rglob("*") if path.is_file()}
     assert {"figures/training.png", "config/train.yaml", "export.json"} <= names

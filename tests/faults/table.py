@@ -1,4 +1,4 @@
-"""Writes what the fault tests saw as a table: ``python -m faults.table <seen.jsonl>``."""
+"""Writes the results of the fault tests as a table: ``python -m faults.table <seen.jsonl>``."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ def main() -> None:
     rows = [json.loads(line) for line in seen.read_text("utf-8").splitlines()]
     rows.sort(key=lambda row: int((re.match(r"(\d+) ·", row["fault"]) or (0, 99))[1]))
     lines = [
-        f"Seen on {date.today()}, {os.cpu_count()} CPU cores, by `make test-faults`: a tiny "
-        "Gemma-3 under Ray and DeepSpeed ZeRO-3, 12 steps, a checkpoint every third. Each is held "
-        "against the undisturbed run of its own recipe and corpus.",
+        f"Measured on {date.today()} with {os.cpu_count()} CPU cores by `make test-faults`: a tiny "
+        "Gemma-3 with Ray and DeepSpeed ZeRO-3, 12 steps, a checkpoint every third step. Each run "
+        "is compared with an uninterrupted run of the same recipe and corpus.",
         "",
-        "| fault | what was seen | losses and weights | seconds |",
+        "| fault | result | losses and weights | seconds |",
         "|---|---|---|---|",
     ]
     for row in rows:
-        same = f"as undisturbed, sha256 `{row['weights']}…`" if row.get("weights") else "–"
+        same = f"identical, sha256 `{row['weights']}…`" if row.get("weights") else "–"
         lines.append(f"| {row['fault']} | {row['seen']} | {same} | {row['seconds'] or '–'} |")
     path = seen.parent.parent.parent / "docs" / "faults.md"
     path.parent.mkdir(exist_ok=True)
-    path.write_text("# Faults, and what came of them\n\n" + "\n".join(lines) + "\n", "utf-8")
+    path.write_text("# Results of the fault tests\n\n" + "\n".join(lines) + "\n", "utf-8")
     print(path)
 
 
