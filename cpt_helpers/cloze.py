@@ -172,15 +172,10 @@ def answer(model: Any, tokenizer: Any, cloze: Cloze, *, context: int = 128) -> t
     rows, lengths = [], []
     first = opening(tokenizer)
     for item in cloze.items:
-        # Blanks at the end belong to the word after them, as tokenizers cut text.
-        prompt = item.prompt.rstrip()
-        blanks = item.prompt[len(prompt) :]
-        before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        for option in item.options:
-            whole = tokenizer(f"{prompt}{blanks}{option}{item.after}", add_special_tokens=False)
-            scored = whole["input_ids"][len(before) :]
-            rows.append([first, *before[-context:], *scored])
-            lengths.append(len(scored))
+        shared, options = tokens_of(tokenizer, item)
+        for ids in options:
+            rows.append([first, *ids[max(shared - context, 0) :]])
+            lengths.append(len(ids) - shared)
     losses = iter(
         float(all_[-length:].mean())
         for all_, length in zip(token_losses(model, rows), lengths, strict=True)
@@ -190,6 +185,23 @@ def answer(model: Any, tokenizer: Any, cloze: Cloze, *, context: int = 128) -> t
         means = [next(losses) for _ in item.options]
         picks.append(means.index(min(means)))
     return tuple(picks)
+
+
+def tokens_of(tokenizer: Any, item: Item) -> tuple[int, list[list[int]]]:
+    """How many first tokens an item's options share, and each option's text in tokens.
+
+    The prompt alone does not tell where to cut: a token may hold its end and an option's beginning
+    (``.name`` in Llama 3's and Qwen's tokenizers). What all options share cannot tell them apart.
+
+    Args:
+        tokenizer: The model's.
+        item: One question.
+    """
+    texts = [f"{item.prompt}{option}{item.after}" for option in item.options]
+    options = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    places = enumerate(zip(*options, strict=False))
+    differing = (place for place, ids in places if len(set(ids)) > 1)
+    return next(differing, min(map(len, options)) - 1), options
 
 
 def compare(cloze: Cloze, before: Sequence[int], after: Sequence[int], *, seed: int = 0) -> Outcome:

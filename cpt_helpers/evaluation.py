@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .errors import DataError
+from .packing import forced_bos
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,7 +34,7 @@ class Document:
     Attributes:
         title: Its first line.
         nats: Sum of the negative log likelihoods of its tokens.
-        tokens: How many; each is foretold once, the first from the separator.
+        tokens: How many; each is predicted once, the first from what documents begin after.
         bytes: Its length in UTF-8.
     """
 
@@ -157,14 +158,14 @@ class Comparison:
 def document_losses(
     model: Any, tokenizer: Any, texts: Sequence[str], block_size: int
 ) -> tuple[Document, ...]:
-    """Measures each document on its own, after the token that parts documents in training.
+    """Measures each document on its own, after the token that documents begin after in training.
 
     Args:
         model: In plain transformers.
         tokenizer: The model's.
         texts: The documents.
-        block_size: Tokens a model sees at once; a longer document is cut, and the first token of a
-            piece is foretold from the one before it alone.
+        block_size: Tokens a model sees at once. A longer document is cut; each piece begins with
+            BOS where the tokenizer forces it, as blocks do, else with the token before it.
 
     Raises:
         DataError: There is no document, or one is empty.
@@ -175,12 +176,11 @@ def document_losses(
             "nothing to measure: no document, or an empty one",
             expected="held-out documents with text in them",
         )
-    first = opening(tokenizer)
-    pieces, owners = [], []
+    first, bos, pieces, owners = opening(tokenizer), forced_bos(tokenizer), [], []
     for owner, ids in enumerate(encoded):
-        joined = [first, *ids]
         for start in range(0, len(ids), block_size - 1):
-            pieces.append(joined[start : start + block_size])
+            before = ids[start - 1] if start and bos is None else first
+            pieces.append([before, *ids[start : start + block_size - 1]])
             owners.append(owner)
     nats = [0.0] * len(encoded)
     for owner, losses in zip(owners, token_losses(model, pieces), strict=True):
@@ -192,9 +192,8 @@ def document_losses(
 
 
 def opening(tokenizer: Any) -> int:
-    """The token a document begins after: a forced first one, else the separator."""
-    forced = getattr(tokenizer, "add_bos_token", False)
-    return tokenizer.bos_token_id if forced else tokenizer.eos_token_id
+    """The token a document begins after: BOS where the tokenizer forces it, else the separator."""
+    return tokenizer.eos_token_id if (bos := forced_bos(tokenizer)) is None else bos
 
 
 def token_losses(model: Any, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:

@@ -203,7 +203,7 @@ def perplexity(
     texts: Iterable[str],
     block_size: int,
 ) -> float:
-    """Perplexity over packed text, measured as the trainer measures it.
+    """Perplexity over packed text, measured as the trainer measures it, separators included.
 
     Args:
         model: In plain transformers.
@@ -216,14 +216,12 @@ def perplexity(
     """
     import torch
 
-    # The trainer leaves padding out of the loss; where padding is the separator, that goes too.
-    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     blocks = torch.tensor(pack(texts, tokenizer, block_size).blocks, device=model.device)
     means = []
     with torch.inference_mode():
         for block in blocks:
             logits = model(input_ids=block[None]).logits[0, :-1].float()
-            loss = torch.nn.functional.cross_entropy(logits, block[1:], ignore_index=padding)
+            loss = torch.nn.functional.cross_entropy(logits, block[1:])
             means.append(loss.item())
     return math.exp(sum(means) / len(means))
 
@@ -240,7 +238,7 @@ def continuation(model: Any, tokenizer: Any, prompt: str, *, new_tokens: int = 4
             max_new_tokens=new_tokens,
             do_sample=False,
             repetition_penalty=1.1,
-            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,  # one prompt: nothing is padded
         )
     return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 

@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 
 import pytest
+from bpe import forcing_bos
 
 from cpt_helpers import assets, cleaning, data, duplicates, mixing, packing, reading, registry
 from cpt_helpers.cleaning import Cleaning, failed, shingles
@@ -179,16 +180,6 @@ def test_what_was_left_in_a_tokenizer_cuts_nothing(tiny_gemma3: Path) -> None:
     assert packing.fingerprint(tokenizer) == plain
 
 
-def test_a_forced_first_token_is_written_over_nothing(tokenizer) -> None:
-    tokenizer.add_bos_token = True
-    try:
-        packed = packing.pack(["one", "two"], tokenizer, 2)
-    finally:
-        tokenizer.add_bos_token = False
-    joined = tokenizer.decode([t for block in packed.blocks for t in block])
-    assert joined.startswith("<bos>one<eos><bos>two")
-
-
 def test_it_is_what_llamafactory_makes_of_a_thousand(tokenizer, documents) -> None:
     from llamafactory.data.processor import PretrainDatasetProcessor
     from llamafactory.hparams import DataArguments
@@ -219,11 +210,9 @@ def test_tokenised_once_and_anew_when_anything_changes(two, tokenizer, monkeypat
     assert packing.tokenise(domain, tokenizer, 64, held_out=False) == first
     assert len(made) == 1
     other = packing.tokenise(domain, tokenizer, 32, held_out=False)
-    tokenizer.add_bos_token = True
-    try:
-        third = packing.tokenise(domain, tokenizer, 64, held_out=False)
-    finally:
-        tokenizer.add_bos_token = False
+    forcing = forcing_bos(tokenizer)
+    third = packing.tokenise(domain, forcing, 64, held_out=False)
+    assert third.blocks * 64 + third.dropped == third.tokens > first.tokens
     assert len({first.folder, other.folder, third.folder}) == len(made) == 3
 
 
