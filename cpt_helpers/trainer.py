@@ -12,6 +12,7 @@ from llamafactory.train.pt import workflow
 from llamafactory.train.pt.trainer import CustomTrainer
 
 from .callback import RunCallback
+from .collator import BlockCollator
 
 LARGEST_NORM = 1e6  # of the gradient; healthy runs stay below 100
 
@@ -70,8 +71,9 @@ class CptTrainer(CustomTrainer):
 
 
 def use_own_trainer() -> None:
-    """Makes LLaMA-Factory's pre-training workflow build a :class:`CptTrainer`."""
+    """Makes LLaMA-Factory's pre-training workflow use our trainer and our collator."""
     workflow.CustomTrainer = CptTrainer
+    workflow.DataCollatorForLanguageModeling = BlockCollator
 
 
 def merge_groups(optimizer: Any) -> None:
