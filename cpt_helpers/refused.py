@@ -34,28 +34,16 @@ _UNUSABLE: dict[str, tuple[str, str, str]] = {
 }
 
 
-# Variables of a recipe reach a worker when it begins to train. By then Ray 2.48 has imported torch
-# and made the process group (ray/train/torch/config.py). The table says by the start of a name who
-# has read that variable before. NCCL_*, HF_*, DS_* and PYTORCH_* are read later.
+# Variables of a recipe reach a worker before torch is imported and the process group is made, but
+# after its process started. The table says by the start of a name who has read that variable before.
 _READ_EARLIER = {
     "LD_": "the dynamic loader, when the process starts",
     "PYTHON": "Python, when the process starts",
     "MALLOC_": "the C library, when the process starts",
     "GLIBC_": "the C library, when the process starts",
     "RAY_": "Ray, when its processes start",
-    "OMP_": "OpenMP, when torch is imported",
-    "GOMP_": "OpenMP, when torch is imported",
-    "KMP_": "OpenMP, when torch is imported",
-    "MKL_": "MKL, when torch is imported",
-    "OPENBLAS_": "OpenBLAS, when NumPy is imported",
-    "TORCH_LOGS": "torch, when it is imported",
-    "TORCH_CPP_LOG_LEVEL": "torch, when it is imported",
-    "TORCH_DISTRIBUTED_DEBUG": "torch, when the process group is made",
-    "TORCH_NCCL_": "torch, when the process group is made",
-    "NCCL_ASYNC_ERROR_HANDLING": "torch, when the process group is made",
-    "NCCL_BLOCKING_WAIT": "torch, when the process group is made",
-    "GLOO_": "torch, when the process group is made",
-    "CUDA_": "CUDA, when Ray chooses the worker's GPU",
+    "OPENBLAS_": "OpenBLAS, when Ray imports NumPy",
+    "CUDA_VISIBLE_DEVICES": "Ray, which sets it to the worker's own GPUs",
 }
 # Of ``ray_init_kwargs``: what only changes what Ray prints or shows. Ignoring it harms nothing.
 _DISPLAY = frozenset(
