@@ -18,12 +18,14 @@ LARGEST_NORM = 1e6  # of the gradient; healthy runs stay below 100
 
 
 class CptTrainer(CustomTrainer):
-    """Corrects LLaMA-Factory 0.9.3 and transformers 4.52.4 in five places.
+    """Corrects LLaMA-Factory 0.9.3 and transformers 4.52.4 in six places.
 
     - Parameter groups with the same settings become one, and empty groups are dropped. DeepSpeed
       0.16.9 drops empty ones by itself; under LoRA torch 2.13 then fails with «zip() argument 2 is
       longer than argument 1». DeepSpeed's universal checkpoints need a single group.
     - Resumed from the last step's checkpoint, transformers would train one more step.
+    - Resumed with another micro-batch, transformers would take the checkpoint's: the global batch
+      would change.
     - LLaMA-Factory saves a multimodal model's processor after all callbacks; ours comes last.
     - A loss that is not finite, or exactly 0, stops the training. transformers would log the mean
       of the losses before.
@@ -44,6 +46,9 @@ class CptTrainer(CustomTrainer):
             self.control.should_training_stop = True
             return [], None
         return super().get_batch_samples(*args, **kwargs)
+
+    def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        return super()._inner_training_loop(self.args.train_batch_size, *args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         own = self._callback()

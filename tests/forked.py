@@ -85,32 +85,38 @@ def _rank(job: dict[str, Any], rank: int, port: int) -> None:
 
 
 def lazily() -> None:
-    """Has every asynchronous collective done only when it is waited for.
+    """Has every asynchronous collective done as late as it may be.
 
-    That is what an asynchronous operation promises, and all that it promises: code that reads a
-    result without waiting for it trains on garbage, every time.
+    That is when it is waited for, or when a collective of another kind begins. Code that writes to
+    a result, or reads it, without waiting trains on garbage every time.
     """
     import torch.distributed as dist
 
+    begun: list[Lazy] = []
+
     class Lazy:
-        def __init__(self, act: Any) -> None:
-            self.act, self.done = act, False
+        def __init__(self, kind: str, act: Any) -> None:
+            self.kind, self.act = kind, act
+            begun.append(self)
 
         def wait(self, *_: Any) -> bool:
-            if not self.done:
+            if self in begun:
+                begun.remove(self)
                 self.act()
-                self.done = True
             return True
 
-    for name in ("all_gather_into_tensor", "all_gather", "all_reduce", "broadcast"):
-        eager = getattr(dist, name)
-
-        def call(*args: Any, eager: Any = eager, async_op: bool = False, **kwargs: Any) -> Any:
+    def collective(kind: str, eager: Any) -> Any:
+        def call(*args: Any, async_op: bool = False, **kwargs: Any) -> Any:
+            for other in [other for other in begun if other.kind != kind]:
+                other.wait()
             if async_op:
-                return Lazy(lambda: eager(*args, **kwargs))
+                return Lazy(kind, lambda: eager(*args, **kwargs))
             return eager(*args, **kwargs)
 
-        setattr(dist, name, call)
+        return call
+
+    for kind in ("all_gather_into_tensor", "all_gather", "all_reduce", "broadcast"):
+        setattr(dist, kind, collective(kind, getattr(dist, kind)))
 
 
 def lazily_without_waiting() -> None:

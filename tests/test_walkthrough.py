@@ -304,6 +304,8 @@ def spread(walked: Run, mlflow_server: str) -> Run:
     args = config.load(walked) | {"placement_strategy": "STRICT_SPREAD"}
     own = {"output_dir": run.output, "ray_run_name": run.name, "run_name": run.name}
     args |= {key: str(value) for key, value in own.items()}
+    read_on_import = {"TORCH_DISTRIBUTED_DEBUG": "INFO"}
+    args["ray_init_kwargs"] = {"runtime_env": {"env_vars": read_on_import}}
     run.config_dir.mkdir(parents=True)
     run.train_yaml.write_text(yaml.safe_dump(args))
     shutil.copy(args["deepspeed"], run.config_dir)
@@ -334,6 +336,7 @@ def test_two_nodes_end_in_the_same_weights(walked: Run, spread: Run) -> None:
     assert seen[0]["scratch"] != seen[1]["scratch"], "they share a disk beside the storage"
     token = hashlib.sha256(CANARIES["HF_TOKEN"].encode()).hexdigest()
     for rank in seen:
+        assert rank["debug"] == "DebugLevel.INFO", "a variable of the recipe came after torch"
         assert rank["token"] == token, "the driver's token did not reach a node started without it"
     packages = [rank["package"] for rank in seen]
     assert any("py_modules" in package for package in packages), "cpt_helpers was not shipped"

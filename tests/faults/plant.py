@@ -72,12 +72,14 @@ def _bear_witness(path: Path) -> None:
     import hashlib
 
     import ray
+    import torch.distributed
 
     import cpt_helpers
 
     token = os.environ.get("HF_TOKEN", "")
     seen = {
         "node": ray.get_runtime_context().get_node_id(),
+        "debug": str(torch.distributed.get_debug_level()),
         "token": hashlib.sha256(token.encode()).hexdigest(),
         "package": str(cpt_helpers.__file__),
         "scratch": sorted(p.name for p in Path("/tmp/ray").glob("session_2*")),
