@@ -19,7 +19,8 @@ from .errors import ParameterError, RunExistsError, StepError, StorageError
 PROJECT = Path(__file__).resolve().parent.parent
 STEPS = ("01_setup", "02_data", "03_config", "04_train", "05_checkpoints", "06_export")
 CLUSTER_STORAGE = Path("/mnt/cluster_storage")  # shared by all nodes of an Anyscale cluster
-_SHARED_FOLDERS = ("models", "corpora", "mlflow")  # beside the runs, on the same storage
+LAB = "lab"  # the working copies of the notebooks
+_SHARED_FOLDERS = ("models", "corpora", "mlflow", LAB)  # beside the runs, on the same storage
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
