@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 import uuid
 from collections.abc import Iterator
@@ -32,19 +33,15 @@ def prepare(run: Run, args: dict[str, Any]) -> str | None:
     """
     if "mlflow" not in str(args.get("report_to")):
         return None
-    import mlflow
-
     variables = worker_environment(run, args)
     uri, experiment = variables["MLFLOW_TRACKING_URI"], variables["MLFLOW_EXPERIMENT_NAME"]
     run.mlflow_db.parent.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     try:
-        mlflow.set_tracking_uri(uri)
-        with hushed():  # fifty lines of a new database's migrations
-            known = mlflow.get_experiment_by_name(experiment)
-        if known is None:
-            store = (run.mlflow_db.parent / "artifacts").as_uri() if "sqlite" in uri else None
-            mlflow.create_experiment(experiment, artifact_location=store)
+        client = client_of(uri)
+        if client.get_experiment_by_name(experiment) is None:
+            own = None if _is_server(uri) else (run.mlflow_db.parent / "artifacts").as_uri()
+            client.create_experiment(experiment, artifact_location=own)
     except Exception as error:
         raise no_answer(uri, error) from None
     return uri
@@ -296,12 +293,26 @@ def known_run(run: Run, uri: str) -> tuple[Any, Any]:
 def client_of(uri: str) -> Any:
     """MLflow's client for a store; the process's own URI is set to it too.
 
-    MLflow 3.4.0 looks for a run's artifacts by the process's URI, whatever the client's is.
+    MLflow 3.4.0 looks for a run's artifacts by the process's URI, whatever the client's is. When it
+    opens a database it makes ``./mlruns`` and prints the migrations, in each process again.
     """
     import mlflow
+    from mlflow.tracking._tracking_service import utils
 
     mlflow.set_tracking_uri(uri)
-    return mlflow.MlflowClient(uri)
+    if _is_server(uri):
+        return mlflow.MlflowClient(uri)
+    own, path = uri.startswith("sqlite:///"), Path(uri.removeprefix("sqlite:///"))
+    # A folder that exists anyway, in place of ./mlruns; our experiment names its own.
+    utils.DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH = str(path.parent if own else tempfile.gettempdir())
+    with hushed():
+        client = mlflow.MlflowClient(uri)
+        client.search_registered_models(max_results=1)  # the registry opens it by itself
+    return client
+
+
+def _is_server(uri: str) -> bool:
+    return uri.startswith(("http", "databricks"))
 
 
 def _find(client: Any, run: Run) -> Any | None:

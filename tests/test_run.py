@@ -58,7 +58,7 @@ def test_a_step_records_and_the_next_one_needs_it(tmp_path: Path) -> None:
     with pytest.raises(StepError, match="01_setup has not been run"):
         notebook.begin("02_data", needs="01_setup", **given)
     first = notebook.begin("01_setup", **given)
-    with pytest.raises(StepError, match="did not come to what it promised: the sky is green"):
+    with pytest.raises(StepError, match="did not keep its promise: the sky is green"):
         first.finish({"a": 1}, {"the sky is blue": True, "the sky is green": False})
     assert not first.run.step_json("01_setup").exists(), "a broken step was recorded"
     first.finish({"model": {"path": "p"}}, {"the sky is blue": True})
