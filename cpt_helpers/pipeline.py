@@ -104,7 +104,7 @@ def summary_table(run: Run) -> str:
         ("results", str(run.results_json)),
     ]
     for step, own in results["notebooks"].items():
-        rows += [(f"warning of {step}", f"not shown: {what}") for what in own["warnings"]]
+        rows += [(f"warning of {step}", f"not shown: {what}") for what in own.get("warnings", [])]
     if results.get("tracking"):
         rows.append(("MLflow", f"mlflow ui --backend-store-uri {results['tracking']}"))
     width = max(len(label) for label, _ in rows)
