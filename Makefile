@@ -78,9 +78,9 @@ lint: $(READY)
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/nbstripout --verify --keep-id notebooks/*.ipynb
 
-## JupyterLab on this machine, with the notebooks
+## JupyterLab on this machine, with copies of the notebooks on the storage: the checkout stays clean
 lab: $(READY)
-	@$(VENV)/bin/jupyter lab --ip 127.0.0.1 --notebook-dir .
+	@$(PY) -m cpt_helpers.lab "$(STORAGE)"
 
 setup: $(READY)
 

@@ -74,6 +74,7 @@ def measure(
     documents: int = 200,
     items: int = 60,
     prompts: int = 2,
+    also: Sequence[str] = (),
     tolerance: float = evaluation.TOLERANCE,
     seed: int = 0,
 ) -> Measured:
@@ -87,6 +88,7 @@ def measure(
         documents: Of each corpus at most, drawn by the seed; the domain's make the cloze test.
         items: Of the cloze test at most.
         prompts: Held-out documents whose beginnings are continued.
+        also: Other prompts to continue, before those.
         tolerance: Relative rise in general perplexity that is not called a loss.
         seed: Of every draw.
 
@@ -115,10 +117,14 @@ def measure(
         test = cloze.make(texts[domain], most=items, seed=seed)
     except DataError as error:
         no_cloze = error.what
-    begun = [beginning(text) for text in evaluation.sample(texts[domain], prompts, seed=seed)]
+    drawn = evaluation.sample(texts[domain], prompts, seed=seed)
+    begun = [*also, *(beginning(text) for text in drawn)]
     base = base or args["model_name_or_path"]
     trained = trained or (run.export if run.export.is_dir() else run.output)
-    seen = [_ask(model, texts, test, begun, args["cutoff_len"]) for model in (base, trained)]
+    seen = []
+    for model in (base, trained):
+        seen.append(_ask(model, texts, test, begun, args["cutoff_len"]))
+        models.release()
     (losses, picks, said), (losses_after, picks_after, said_after) = seen
     compared = [
         evaluation.compare(

@@ -276,8 +276,8 @@ def _dequantise(gguf: Path, folder: Path) -> None:
             gguf.parent, gguf_file=gguf.name, legacy=False
         )
     # The conversion makes <|im_start|> both BOS and EOS and forces the BOS on. In pre-training
-    # documents were joined by <|endoftext|>, and that is what continued pre-training must go on
-    # with; LLaMA-Factory overwrites the first token of every block where a BOS is forced.
+    # documents were joined by <|endoftext|>, and that is what continued pre-training must
+    # keep; LLaMA-Factory overwrites the first token of every block where a BOS is forced.
     tokenizer.add_bos_token = False
     tokenizer.eos_token = "<|endoftext|>"
     # Without a padding token LLaMA-Factory pads with the separator, and so leaves every separator

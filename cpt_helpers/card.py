@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
-from . import config
+from . import assets, config, hub
 from .config import global_batch, names_of
 from .errors import ExportError
 from .run import Run
 
 _MISSING = "not recorded"
-_LICENSE = re.compile(r"^license:\s*[\"']?([A-Za-z0-9._-]+)", re.MULTILINE)
+_LICENSE_FILES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
+_LICENSE_TEXTS = {  # how a licence's text begins, and the hub's name for it
+    r"Apache License\s+Version 2\.0": "apache-2.0",
+    r"MIT License": "mit",
+    r"BSD 3-Clause License": "bsd-3-clause",
+}
 
 
 def write(run: Run, export_folder: Path, exported: dict[str, Any]) -> Path:
     """Writes ``README.md``, a Hugging Face model card, from the run's own records.
 
+    The base model's licence goes along: its name in the card, its files beside it.
+
     Args:
         run: Whose model it is.
         export_folder: As :func:`export.export` made it.
-        exported: What the export came to: ``step``, ``dtype``, ``perplexity``, measured again.
+        exported: The export's ``step``, ``dtype``, ``perplexity``, measured again.
 
     Returns:
         The card.
@@ -42,7 +51,11 @@ def write(run: Run, export_folder: Path, exported: dict[str, Any]) -> Path:
         )
     form = json.loads(note.read_text("utf-8")).get("form", "merged")
     args, results = config.load(run), run.results()
-    base, license_ = str(args["model_name_or_path"]), _license(str(args["model_name_or_path"]))
+    base = str(args["model_name_or_path"])
+    license_ = _license(base)
+    for pattern in _LICENSE_FILES:  # most licences ask for their text to go along
+        for path in Path(base).glob(pattern) if Path(base).is_dir() else ():
+            shutil.copy(path, export_folder / path.name)
     parts = [
         _front_matter(args, base, license_, form),
         f"# {run.name}\n\n{_said(args, base, form)}",
@@ -65,12 +78,10 @@ def public_name(model: str) -> str:
     return Path(model).name if Path(model).is_absolute() else model
 
 
-def _front_matter(args: dict[str, Any], base: str, license_: str, form: str) -> str:
+def _front_matter(args: dict[str, Any], base: str, license_: dict[str, Any], form: str) -> str:
     import yaml
 
-    matter: dict[str, Any] = {"base_model": public_name(base)}
-    if license_:
-        matter["license"] = license_
+    matter: dict[str, Any] = {"base_model": public_name(base)} | license_
     matter["library_name"] = "transformers"
     matter["pipeline_tag"] = "text-generation"
     matter["tags"] = ["continued-pretraining", "llama-factory", "deepspeed", "ray"]
@@ -80,14 +91,48 @@ def _front_matter(args: dict[str, Any], base: str, license_: str, form: str) -> 
     return "---\n" + yaml.safe_dump(matter, sort_keys=False, allow_unicode=True) + "---"
 
 
-def _license(base: str) -> str:
-    """The licence the base model's own card names; empty where that is not known."""
-    card = Path(base) / "README.md"
-    if not card.is_file():
-        return ""
-    matter = card.read_text("utf-8", errors="replace").split("\n---", 1)[0]
-    found = _LICENSE.search(matter) if matter.startswith("---") else None
-    return found[1] if found else ""
+def _license(base: str) -> dict[str, Any]:
+    """The base model's licence as a card's front matter says it; empty where it is not known.
+
+    The model's own card is asked first, then a licence file beside it, then what is known of the
+    embedded models.
+    """
+    card = _card_of(base)
+    keys = ("license", "license_name", "license_link")
+    if card.get("license"):
+        return {key: card[key] for key in keys if card.get(key)}
+    if Path(base).is_dir():
+        for pattern in _LICENSE_FILES[:3]:
+            for path in sorted(Path(base).glob(pattern)):
+                head = path.read_text("utf-8", errors="replace")[:500]
+                known = [name for text, name in _LICENSE_TEXTS.items() if re.search(text, head)]
+                if known:
+                    return {"license": known[0]}
+                return {
+                    "license": "other",
+                    "license_name": "license-file",
+                    "license_link": path.name,
+                }
+    embedded = assets.MODELS.get(Path(base).name)
+    return {"license": embedded.licence.lower()} if embedded else {}
+
+
+def _card_of(base: str) -> dict[str, Any]:
+    """The front matter of a model's card, in its folder or on the hub; empty without one."""
+    from huggingface_hub import model_info, try_to_load_from_cache
+    from huggingface_hub.repocard import metadata_load
+
+    path = Path(base) / "README.md"
+    # A card is not needed to train: whatever is wrong with it, the licence is not known.
+    with contextlib.suppress(Exception):
+        if not Path(base).is_absolute() and not Path(base).is_dir():
+            cached = try_to_load_from_cache(base, "README.md")
+            if not isinstance(cached, str):
+                card = model_info(base, timeout=hub.SECONDS).card_data
+                return card.to_dict() if card else {}
+            path = Path(cached)
+        return metadata_load(path) or {}
+    return {}
 
 
 def _said(args: dict[str, Any], base: str, form: str) -> str:
@@ -173,7 +218,7 @@ def _figures(
     return "\n".join(lines)
 
 
-def _limits(results: dict[str, Any], license_: str) -> str:
+def _limits(results: dict[str, Any], license_: dict[str, Any]) -> str:
     said = [
         "Measured was perplexity on the held-out texts above, and nothing else: no downstream "
         "tasks, no safety, no bias.",
@@ -181,7 +226,10 @@ def _limits(results: dict[str, Any], license_: str) -> str:
     ]
     if not results.get("perplexity"):
         said.append("The run recorded no perplexity before and after.")
-    if not license_:
+    if license_:
+        named = license_.get("license_name") or license_["license"]
+        said.append(f"The licence of the base model, {named}, holds for this model too.")
+    else:
         said.append(
             "The licence of the base model is not known here: look at its own page, it holds for "
             "this model too."

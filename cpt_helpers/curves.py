@@ -127,7 +127,7 @@ def plot_time(spent: dict[str, float]) -> Figure:
 
 
 def costs(run: Run) -> dict[str, Any]:
-    """What a training came to, from its events: what they do not tell is left out."""
+    """A training's steps, tokens, time and memory, from its events; what they lack is left out."""
     events = run.events()
     steps = [event for event in events if event["event"] == "step"]
     starts = [event for event in events if event["event"] == "start"]

@@ -33,8 +33,10 @@ KEEP_MEMORY = {
 # For the processes of a Ray (2.48.0) started here. It starts a process a core, and would end those
 # that were idle for a second when a training reserves the cores: just before it asks for them. And
 # its agent looks at every process each five seconds, for a dashboard that is not there: 5 % of a
-# core.
+# core. It forks, and tokenizers that have used threads warn of each fork unless they are told: the
+# workers read blocks that are tokenised already.
 OWN_RAY = {
+    "TOKENIZERS_PARALLELISM": "false",
     "RAY_idle_worker_killing_time_threshold_ms": "60000",
     "REPORTER_UPDATE_INTERVAL_MS": "60000",
 }

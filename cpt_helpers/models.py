@@ -6,6 +6,7 @@ with a LoRA adapter, which names its base. Nothing of the trainer has a part in 
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import math
@@ -226,18 +227,49 @@ def perplexity(
     return math.exp(sum(means) / len(means))
 
 
+def continued(folder: str | Path, prompt: str) -> str:
+    """What a stored model adds to a prompt; the model is released afterwards.
+
+    Args:
+        folder: As for :func:`load`.
+        prompt: The text to continue.
+
+    Raises:
+        AssetError: There is no such model, or the hub is out of reach.
+    """
+    model, tokenizer = load(folder)
+    said = continuation(model, tokenizer, prompt)
+    del model
+    release()
+    return said
+
+
+def release() -> None:
+    """Gives the memory of models that no variable holds back, a GPU's to other processes too."""
+    import torch
+
+    gc.collect()  # models are in reference cycles
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def continuation(model: Any, tokenizer: Any, prompt: str, *, new_tokens: int = 40) -> str:
-    """What a model adds to a prompt, greedily, so that it is the same every time."""
+    """What a model adds to a prompt, greedily, so that it is the same every time.
+
+    It ends at the first special token: after a separator or a chat token another text begins.
+    """
     import torch
 
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=True).to(model.device)
     inputs.pop("token_type_ids", None)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     with torch.inference_mode():
         ids = model.generate(
             **inputs,
             max_new_tokens=new_tokens,
             do_sample=False,
             repetition_penalty=1.1,
+            eos_token_id=sorted(special | {tokenizer.eos_token_id}),
             pad_token_id=tokenizer.eos_token_id,  # one prompt: nothing is padded
         )
     return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

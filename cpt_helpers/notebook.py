@@ -37,27 +37,36 @@ class Step:
     parameters: dict[str, Any]
     _started: float = field(default_factory=time.monotonic)
 
-    def finish(self, results: Mapping[str, Any], checks: Mapping[str, bool]) -> None:
-        """Holds the step to its promises, then records what it came to.
+    def finish(
+        self,
+        results: Mapping[str, Any],
+        checks: Mapping[str, bool],
+        *,
+        shown: Mapping[str, bool] | None = None,
+    ) -> None:
+        """Checks what the step promised, then records its results.
 
         Args:
             results: What to keep, merged with the other steps' into ``results.json``.
             checks: Each promise, and whether it was kept.
+            shown: What a demonstration was to show, and whether it did. Where it did not, that is a
+                warning: it is printed and recorded, and the next step can run.
 
         Raises:
             StepError: Some promise was not kept; the results are not recorded.
         """
-        for promise, kept in checks.items():
-            print(("✓ " if kept else "✗ ") + promise)
+        warnings = [what for what, seen in (shown or {}).items() if not seen]
+        for promise, kept in {**checks, **(shown or {})}.items():
+            print(("✓ " if kept else "⚠ not shown: " if promise in warnings else "✗ ") + promise)
         broken = [promise for promise, kept in checks.items() if not kept]
         if broken:
             raise StepError(
-                f"{self.name} did not come to what it promised: {'; '.join(broken)}",
+                f"{self.name} did not keep its promise: {'; '.join(broken)}",
                 where=self.run.folder,
                 do="see «If it fails» at the end of the notebook",
             )
         seconds = round(time.monotonic() - self._started, 1)
-        timed = {"notebooks": {self.name: {"seconds": seconds}}}
+        timed = {"notebooks": {self.name: {"seconds": seconds, "warnings": warnings}}}
         self.run.record(self.name, {"parameters": self.parameters, **results, **timed})
         print(f"recorded in {self.run.step_json(self.name)} ({seconds:.0f} s)")
 

@@ -103,6 +103,8 @@ def summary_table(run: Run) -> str:
         ("notebooks", str(run.notebooks)),
         ("results", str(run.results_json)),
     ]
+    for step, own in results["notebooks"].items():
+        rows += [(f"warning of {step}", f"not shown: {what}") for what in own.get("warnings", [])]
     if results.get("tracking"):
         rows.append(("MLflow", tracking.how_to_open(results["tracking"])))
     width = max(len(label) for label, _ in rows)

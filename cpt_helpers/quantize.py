@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -223,6 +225,10 @@ def _compress(
 ) -> None:
     """Quantizes a model where it is, by llmcompressor."""
     import torch
+
+    # llmcompressor 0.6.0.1 makes ./sparse_logs unless its logger has a file already.
+    log = logging.getLogger("llmcompressor.metrics.logger")
+    log.handlers = [logging.FileHandler(os.devnull, delay=True)]
     from llmcompressor import oneshot
     from llmcompressor.core import reset_session
     from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier

@@ -19,8 +19,9 @@ from .errors import ParameterError, RunExistsError, StepError, StorageError
 PROJECT = Path(__file__).resolve().parent.parent
 STEPS = ("01_setup", "02_data", "03_config", "04_train", "05_checkpoints", "06_export")
 CLUSTER_STORAGE = Path("/mnt/cluster_storage")  # shared by all nodes of an Anyscale cluster
+LAB = "lab"  # the working copies of the notebooks
 # Next to the runs, on the same storage. dataset_info.json is the registry of the corpora.
-SHARED = ("models", "corpora", "tokenised", "mlflow", "adapters", "dataset_info.json")
+SHARED = ("models", "corpora", "tokenised", "mlflow", "adapters", "dataset_info.json", LAB)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 

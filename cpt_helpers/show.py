@@ -55,7 +55,7 @@ def progress(run: Run, attempt: str = "") -> tuple[int, int, str]:
     if last["event"] == "save" and last["step"] == start["max_steps"]:
         return last["step"], start["max_steps"], "the final model is being written"
     if last["event"] == "start" and start["step"]:
-        return start["step"], start["max_steps"], f"going on from step {start['step']}"
+        return start["step"], start["max_steps"], f"resumed from step {start['step']}"
     if not steps:
         measures = "measuring held-out text, then " if start.get("eval_on_start") else ""
         return start["step"], start["max_steps"], f"{measures}the first step"

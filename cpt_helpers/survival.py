@@ -1,4 +1,4 @@
-"""Shows that a run survives: a small one loses a worker and is compared with its twin."""
+"""Shows that a run survives: a small one loses a worker and is compared with another."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import assets, config, environment, launch
-from .errors import TrainingError
+from .errors import Interrupted, TrainingError
 from .run import Run
 from .streams import hushed
 
@@ -26,10 +26,10 @@ class Survival:
     """Two trainings of one recipe, one of which lost a worker.
 
     Attributes:
-        undisturbed: The one left alone.
+        undisturbed: The uninterrupted one.
         killed: The one whose worker was killed.
         killed_at: The last step it had taken then.
-        resumed_from: The step of the checkpoint it went on from.
+        resumed_from: The step of the checkpoint it resumed from.
         seconds_lost: From the last step before to the first one after.
         weights: Each run's sha256 of the final weights.
     """
@@ -40,6 +40,18 @@ class Survival:
     resumed_from: int
     seconds_lost: float
     weights: dict[str, str]
+
+    @property
+    def equal(self) -> bool:
+        """Whether every loss and every bit of the weights is the same."""
+        return self.same_losses and self.same_weights
+
+    @property
+    def sentence(self) -> str:
+        return (
+            f"killed after step {self.killed_at}, resumed from step {self.resumed_from}, "
+            f"{self.seconds_lost:.0f} s later"
+        )
 
     @property
     def same_weights(self) -> bool:
@@ -60,11 +72,44 @@ class Survival:
         }
 
 
+@dataclass(frozen=True)
+class Failed:
+    """A demonstration that did not reach its end: the run itself is not affected.
+
+    Attributes:
+        why: The error in its own words.
+    """
+
+    why: str
+    equal: bool = False
+
+    @property
+    def sentence(self) -> str:
+        return f"the demonstration failed, the run is not affected: {self.why}"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"failed": self.why}
+
+
+def attempt(run: Run, args: dict[str, Any]) -> Survival | Failed:
+    """As :func:`demonstrate`, with a failure as a result: it says nothing about the run itself.
+
+    Raises:
+        Interrupted: Stopped by hand.
+    """
+    try:
+        return demonstrate(run, args)
+    except Interrupted:
+        raise
+    except Exception as error:  # whatever it is, the trained model can be exported
+        return Failed(f"{type(error).__name__}: {error}")
+
+
 def demonstrate(run: Run, args: dict[str, Any]) -> Survival:
     """Trains a small model twice under a run's own settings, and kills a worker of the second.
 
-    Both lie in ``<run>/survival/``; what is there already is not trained again, but a second one
-    that was itself cut short is: what it was to show is lost.
+    Both are in ``<run>/survival/``. What is there already is not trained again, except a second one
+    that was itself interrupted: it can no longer show anything.
 
     Args:
         run: Whose tokenizer, corpus, workers and DeepSpeed file are used.
@@ -100,7 +145,7 @@ def losses(run: Run) -> list[tuple[int, float]]:
 
 
 def plot(survival: Survival) -> Figure:
-    """Both loss curves, one upon the other, with the kill and the restart marked."""
+    """Both loss curves in one plot, with the kill and the restart marked."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
@@ -115,9 +160,13 @@ def plot(survival: Survival) -> Figure:
         survival.killed_at,
         color="tab:red",
         alpha=0.15,
-        label=f"done again after the kill at step {survival.killed_at}",
+        label=f"repeated after the kill at step {survival.killed_at}",
     )
-    axes.set(xlabel="step", ylabel="training loss", title="A worker killed, and one left alone")
+    axes.set(
+        xlabel="step",
+        ylabel="training loss",
+        title="A run that lost a worker, and an uninterrupted one",
+    )
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
@@ -143,6 +192,8 @@ def _recipe(run: Run, args: dict[str, Any], folder: Path) -> dict[str, Any]:
         "save_steps": SAVE_EVERY,
         "save_total_limit": 2,
         "logging_steps": 1,
+        # On GPUs some kernels, such as flash attention's backward pass, add in any order.
+        "full_determinism": True,
         "learning_rate": 3e-3,
         "report_to": "none",
     }

@@ -14,8 +14,7 @@ from .config import held_out_of
 from .errors import TrackingError
 from .redact import redact
 from .run import Run
-from .streams import hushed
-from .tracking_store import client_of, no_answer, reports, store_of
+from .tracking_store import client_of, is_server, no_answer, reports, store_of
 
 _MARK = "cpt.run"  # the tag by which a run is known again
 _SEND_SECONDS = 2.0
@@ -40,18 +39,14 @@ def prepare(run: Run, args: dict[str, Any]) -> str | None:
     """
     if not reports(args):
         return None
-    import mlflow
-
     uri, experiment, _ = store_of(run, args)
     run.mlflow_db.parent.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     try:
-        with hushed():  # fifty lines of a new database's migrations
-            client_of(uri)
-            known = mlflow.get_experiment_by_name(experiment)
-        if known is None:
-            store = (run.mlflow_db.parent / "artifacts").as_uri() if "sqlite" in uri else None
-            mlflow.create_experiment(experiment, artifact_location=store)
+        client = client_of(uri)
+        if client.get_experiment_by_name(experiment) is None:
+            own = None if is_server(uri) else (run.mlflow_db.parent / "artifacts").as_uri()
+            client.create_experiment(experiment, artifact_location=own)
     except Exception as error:
         raise no_answer(uri, error) from None
     return redact(uri)

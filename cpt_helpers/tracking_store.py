@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -11,6 +12,7 @@ from .checks import worker_variables
 from .errors import TrackingError
 from .redact import redact
 from .run import Run
+from .streams import hushed
 from .variables import OF_MLFLOW
 
 
@@ -135,9 +137,11 @@ def no_answer(uri: str, error: Exception) -> TrackingError:
 def client_of(uri: str) -> Any:
     """MLflow's client for a store; the URI of the process is set to it too.
 
-    MLflow 3.4.0 looks for a run's artifacts by the process's URI, not by the client's.
+    MLflow 3.4.0 looks for a run's artifacts by the process's URI, not by the client's. When it
+    opens a database it makes ``./mlruns`` and prints the migrations, in each process again.
     """
     import mlflow
+    from mlflow.tracking._tracking_service import utils
 
     # When a run ends, MLflow prints its URL, with the user and the password of the URI.
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
@@ -147,4 +151,17 @@ def client_of(uri: str) -> Any:
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     if given is not None:
         os.environ["MLFLOW_TRACKING_URI"] = given
-    return mlflow.MlflowClient(uri)
+    if is_server(uri):
+        return mlflow.MlflowClient(uri)
+    own, path = uri.startswith("sqlite:///"), Path(uri.removeprefix("sqlite:///"))
+    # A folder that exists anyway, in place of ./mlruns; our experiment names its own.
+    utils.DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH = str(path.parent if own else tempfile.gettempdir())
+    with hushed():
+        client = mlflow.MlflowClient(uri)
+        client.search_registered_models(max_results=1)  # the registry opens it by itself
+    return client
+
+
+def is_server(uri: str) -> bool:
+    """Whether a tracking URI names a server, not a database or a folder."""
+    return uri.startswith(("http", "databricks"))

@@ -90,3 +90,15 @@ def test_the_news(storage: Path) -> None:
     found = data.prepare("news", storage)
     assert found.documents + found.heldout_documents + sum(found.dropped.values()) == 300
     assert json.loads((found.folder / "corpus.json").read_text())["source"] == "news"
+
+
+def test_a_continuation_stops_where_a_chat_would_begin(smollm2: Path) -> None:
+    """The prompt of notebook 01; the embedded model is an instruct model."""
+    prompt = "ray.data.Dataset.map_batches\n\nApply the given function to"
+    model, tokenizer = models.load(smollm2)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    unstopped = model.generate(**inputs, max_new_tokens=40, do_sample=False, repetition_penalty=1.1)
+    assert "<|im_end|>\n<|im_start|>assistant" in tokenizer.decode(unstopped[0])
+    said = models.continuation(model, tokenizer, prompt)
+    assert said == models.continued(smollm2, prompt)
+    assert len(said.split()) > 5 and "assistant" not in said

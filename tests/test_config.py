@@ -24,6 +24,8 @@ def prepared(storage: Path, corpus: Path, tiny_gemma3: Path) -> Run:
     data.prepare(str(corpus), storage)
     for name in ("ray_docs", "news"):
         data.prepare(name, storage)
+    gone = {"gone": {"file_name": "corpora/gone/train.jsonl", "columns": {"prompt": "text"}}}
+    registry.register(storage / registry.REGISTRY, gone)
     return Run.open("config-tests", storage)
 
 
@@ -130,7 +132,16 @@ print(json.dumps(found))
 def test_the_shipped_registry_names_the_built_in_corpora() -> None:
     shipped = registry.read_registry(PROJECT / "dataset-configs" / "dataset_info.json")
     assert set(shipped) == {n + s for n in sources.BUILTIN for s in ("", registry.HELD_OUT)}
-    assert all(entry["columns"] == {"prompt": "text"} for entry in shipped.values())
+    for name in sources.BUILTIN:
+        assert registry.entries_of(name).items() <= shipped.items()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_every_checkpoint_of_a_recipe_has_a_held_out_loss(path: Path) -> None:
+    """Without one a checkpoint cannot be the best; and the curve has a point between its ends."""
+    recipe = yaml.safe_load(path.read_text("utf-8"))
+    assert recipe["save_steps"] % recipe["eval_steps"] == 0
+    assert recipe["eval_steps"] < recipe.get("max_steps", float("inf"))
 
 
 def test_resolving_makes_paths_absolute_and_the_runs_own(resolve, prepared: Run) -> None:
@@ -163,7 +174,7 @@ def test_a_corpus_of_ones_own_takes_both_places(resolve) -> None:
         ({"cutoff_len": 0}, r"cutoff_len: 0"),
         ({"ray_num_workers": 0}, r"ray_num_workers: 0"),
         ({"eval_dataset": "nonews"}, r"unknown dataset 'nonews'"),
-        ({"eval_dataset": "my_cpt_c4_heldout"}, r"registered, but its file is not there"),
+        ({"eval_dataset": "gone"}, r"registered, but its file is not there"),
         ({"deepspeed": "ds_z4_config.json"}, r"'ds_z4_config.json' does not exist(?s:.*)ds_z3"),
         ({"hf_hub_token": "hf_canary"}, r"holds a secret, hf_hub_token"),
         (

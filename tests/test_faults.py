@@ -187,7 +187,9 @@ def test_a_rank_killed_in_a_step(new, undisturbed, seen) -> None:
     trained = new("rank-1")
     assert trained.train([STEP | {"ranks": [1]}]) == 0, trained.output
     assert trained.starts == [0, 6]
-    assert "rank 1 exited without an error message" in trained.output  # maybe «one of rank 0 and rank 1»
+    assert (
+        "rank 1 exited without an error message" in trained.output
+    )  # maybe «one of rank 0 and rank 1»
     same(trained, undisturbed, seen, restarts(trained))
 
 

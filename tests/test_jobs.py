@@ -91,6 +91,7 @@ def test_its_command_is_one_of_ours(name: str) -> None:
     assert (python, m, module) == ("python", "-m", "cpt_helpers")
     given = parser().parse_args(arguments)
     assert given.command == "run" and given.run == "gemma3_4b_full_cpt"
+    assert yaml.safe_load(given.parameters) == {"KILL": False}, "a job demonstrates nothing"
     recipe = yaml.safe_load((PROJECT / given.config).read_text("utf-8"))
     overrides = yaml.safe_load(given.overrides or "{}")
     assert set(overrides) <= set(recipe), "an override of what the recipe does not say"

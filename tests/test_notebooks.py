@@ -67,6 +67,16 @@ def test_the_form_of_a_notebook(step: str) -> None:
 
 
 @pytest.mark.parametrize("step", STEPS)
+def test_every_table_is_shown(step: str) -> None:
+    """Jupyter shows a cell's last expression; a table made before it is computed for nothing."""
+    for source in cells(step, "code"):
+        body = ast.parse(source).body
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Expr) and ast.unparse(node).startswith("show.table("):
+                assert ast.dump(node) == ast.dump(body[-1]), source
+
+
+@pytest.mark.parametrize("step", STEPS)
 def test_parameters_are_literals_with_their_choices(step: str) -> None:
     declared = papermill.inspect_notebook(NOTEBOOKS / f"{step}.ipynb")
     assert set(declared) == APPLY[step] | {"RUN_NAME", "STORAGE"}

@@ -58,15 +58,17 @@ def test_a_step_records_and_the_next_one_needs_it(tmp_path: Path) -> None:
     with pytest.raises(StepError, match="01_setup has not been run"):
         notebook.begin("02_data", needs="01_setup", **given)
     first = notebook.begin("01_setup", **given)
-    with pytest.raises(StepError, match="did not come to what it promised: the sky is green"):
+    with pytest.raises(StepError, match="did not keep its promise: the sky is green"):
         first.finish({"a": 1}, {"the sky is blue": True, "the sky is green": False})
     assert not first.run.step_json("01_setup").exists(), "a broken step was recorded"
-    first.finish({"model": {"path": "p"}}, {"the sky is blue": True})
+    first.finish({"model": {"path": "p"}}, {"the sky is blue": True}, shown={"a star falls": False})
     second = notebook.begin("02_data", needs="01_setup", **given)
     second.finish({"model": {"size": 2}}, {})
     results = json.loads(second.run.results_json.read_text())
     assert results["model"] == {"path": "p", "size": 2}
     assert set(results["notebooks"]) == {"01_setup", "02_data"}
+    assert results["notebooks"]["01_setup"]["warnings"] == ["a star falls"]
+    assert results["notebooks"]["02_data"]["warnings"] == []
 
 
 def test_a_trained_run_is_not_given_other_settings(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import papermill
 import pytest
 import yaml
 from nodes import Node, can_hide, cluster
@@ -68,9 +69,16 @@ def parameters(corpus: Path, tiny_gemma3: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def walked(storage: Path, parameters: dict) -> Run:
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the walkthrough is started; the storage is elsewhere."""
+    return tmp_path_factory.mktemp("here")
+
+
+@pytest.fixture(scope="module")
+def walked(storage: Path, parameters: dict, here: Path) -> Run:
     run = Run.open("walkthrough", storage)
     with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
         for name, secret in CANARIES.items():
             patch.setenv(name, secret)
         pipeline.run_all(run, parameters)
@@ -214,6 +222,62 @@ def test_fewer_bits_are_written_and_the_export_is_registered(walked: Run, result
     assert results["export"]["registered"] == 1
     folder, tags = model_registry.registered(f"sqlite:///{walked.mlflow_db}", walked.name)
     assert folder == walked.export and tags["cpt.data"] == config.load(walked)["dataset"]
+
+
+def said_in(copy: Path, stream: str) -> str:
+    """What an executed notebook printed to one of its streams."""
+    cells = json.loads(copy.read_text("utf-8"))["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    return "".join("".join(o["text"]) for o in outputs if o.get("name") == stream)
+
+
+def test_nothing_is_written_elsewhere_and_no_migrations_are_printed(
+    walked: Run, here: Path
+) -> None:
+    assert list(here.iterdir()) == []
+    for step in STEPS:
+        said = said_in(walked.notebooks / f"{step}.ipynb", "stderr")
+        assert "alembic" not in said and "INFO" not in said, step
+
+
+def test_step_6_continues_the_prompt_of_step_1(walked: Run) -> None:
+    asked = walked.read_step("01_setup")["model"]
+    assert asked["continuation"] in said_in(walked.notebooks / "01_setup.ipynb", "stdout")
+    said = said_in(walked.notebooks / "06_export.ipynb", "stdout")
+    _, _, continued = said.partition(asked["prompt"] + "\n  base:")
+    assert continued.splitlines()[1].startswith("  trained:")
+
+
+def test_every_checkpoint_can_be_the_best(walked: Run) -> None:
+    for checkpoint in checkpoints.listing(walked):
+        assert {"handbook_heldout", "news_heldout"} <= set(checkpoint.losses), checkpoint.step
+
+
+def test_the_small_runs_are_equal_and_a_failed_demonstration_is_a_warning(
+    walked: Run, results: dict, tmp_path: Path
+) -> None:
+    assert results["survival"]["same_losses"] and results["survival"]["same_weights"]
+    assert results["notebooks"]["05_checkpoints"]["warnings"] == []
+    weights = walked.folder / "survival" / "killed" / "output" / "model.safetensors"
+    records = walked.step_json("05_checkpoints"), walked.results_json
+    kept = [path.read_text() for path in records]
+    aside = weights.rename(tmp_path / "weights")
+    given = {"RUN_NAME": walked.name, "STORAGE": str(walked.storage)}
+    try:
+        papermill.execute_notebook(
+            pipeline.NOTEBOOKS / "05_checkpoints.ipynb", tmp_path / "05.ipynb", given,
+            progress_bar=False, kernel_name="python3",
+        )  # fmt: skip
+        again = walked.read_step("05_checkpoints")
+        assert "model.safetensors" in again["survival"]["failed"]
+        (warning,) = again["notebooks"]["05_checkpoints"]["warnings"]
+        assert f"⚠ not shown: {warning}" in said_in(tmp_path / "05.ipynb", "stdout")
+        assert f"not shown: {warning}" in pipeline.summary_table(walked)
+        begin("06_export", needs="05_checkpoints", **given)
+    finally:
+        shutil.move(aside, weights)
+        for path, text in zip(records, kept, strict=True):
+            path.write_text(text)
 
 
 def test_again_is_the_same_and_trains_nothing(walked: Run, parameters: dict, results: dict) -> None:
