@@ -35,7 +35,7 @@ _UNUSABLE: dict[str, tuple[str, str, str]] = {
 
 
 # Variables of a recipe reach a worker before torch is imported and the process group is made, but
-# after its process started. The table says by the start of a name who has read that variable before.
+# after its process started. The table says by the start of a name who has read it before.
 _READ_EARLIER = {
     "LD_": "the dynamic loader, when the process starts",
     "PYTHON": "Python, when the process starts",
