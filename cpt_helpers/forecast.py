@@ -179,9 +179,8 @@ def cost(
         speeds = [(known[0] * workers, f"{known[0]:g} a GPU, {known[1]}")]
     elif gpu:
         size = shape.size
-        trained = size.parameters if size.trained is None else size.trained
         each = throughput.flops_per_token(
-            shape.config, size.parameters, trained, args["cutoff_len"]
+            shape.config, size.text, size.backward, args["cutoff_len"]
         )
         speeds = [
             (share * throughput.GPUS[gpu][0] * workers / each, why) for share, why in MFU.values()
