@@ -279,8 +279,8 @@ def _states(size: ModelSize, settings: Settings, workers: int, width: int) -> di
     if stage == 3:
         gathered = width * max(min(every, settings.live), 2 * size.largest_layer)
     host = 0
-    if settings.offload_optimizer:
-        host, optimizer = host + HOST * optimizer, 0
+    if settings.offload_optimizer:  # DeepSpeed 0.16.9 keeps the gradients where the optimizer is
+        host, optimizer, gradients = host + HOST * (optimizer + gradients), 0, 0
     if settings.offload_parameters:
         host, weights = host + HOST * weights, 0
     found = {"weights": weights, "gathered": gathered, "gradients": gradients}

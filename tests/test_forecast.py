@@ -268,6 +268,60 @@ def test_hours_and_price(gemma: tuple[dict, memory.Shape]) -> None:
 
 
 @pytest.mark.parametrize(
+    "other",
+    [
+        {"finetuning_type": "lora"},
+        {"finetuning_type": "freeze"},
+        {"per_device_train_batch_size": 4},
+        {"gradient_accumulation_steps": 1},
+        {"cutoff_len": 2048},
+        {"ray_num_workers": 8},
+        {"disable_gradient_checkpointing": True},
+        {"enable_liger_kernel": True},
+        {"deepspeed": str(config.DEEPSPEED_CONFIGS / "ds_z2_config.json")},
+        {"deepspeed": str(config.DEEPSPEED_CONFIGS / "ds_z3_offload_config.json")},
+    ],
+    ids=lambda other: ",".join(other) + str(*other.values())[-24:],
+)
+def test_a_measured_speed_holds_for_what_was_measured(
+    gemma: tuple[dict, memory.Shape], other: dict
+) -> None:
+    recipe, shape = gemma
+    assert len(forecast.cost(recipe, shape, 1000, "L40S")) == 1
+    bounds = forecast.cost(recipe | other, shape, 1000, "L40S")
+    assert len(bounds) == 2 and not any("the guide's settings" in b.source for b in bounds)
+
+
+def test_memory_that_stays_unused(gemma: tuple[dict, memory.Shape]) -> None:
+    recipe, shape = gemma
+    found = forecast.unused(recipe, shape, "L40S")
+    assert found.changes == {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
+    assert "with the same global batch; there is room for" in str(found)
+    room = found.free + memory.of_worker(recipe, shape).peak
+    for blocks, fits in ((found.largest, True), (found.largest + 1, False)):
+        changed = recipe | {"per_device_train_batch_size": blocks}
+        peak = memory.of_worker(changed, shape).peak
+        assert (peak <= forecast.FILLED * room) is fits
+    long = forecast.unused(recipe | {"gradient_accumulation_steps": 12}, shape, "L40S")
+    assert long.changes == {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2}
+    assert long.peak == memory.of_worker(recipe | long.changes, shape).peak
+    alone = forecast.unused(recipe | {"gradient_accumulation_steps": 1}, shape, "L40S")
+    assert not alone.changes and "fewer workers" in str(alone)
+    full = recipe | {"per_device_train_batch_size": found.largest}
+    assert forecast.unused(full, shape, "L40S") is None
+
+
+def test_offloaded_states_and_gradients_are_on_the_host(gemma: tuple[dict, memory.Shape]) -> None:
+    """DeepSpeed's own estimate for a host: 18 bytes a parameter and a factor of 1.5."""
+    recipe, shape = gemma
+    file = str(config.DEEPSPEED_CONFIGS / "ds_z3_offload_config.json")
+    one = memory.of_worker(recipe | {"deepspeed": file, "ray_num_workers": 1}, shape)
+    estimate = planning.zero_memory(shape.size, 1)[-1]["GiB of host memory"] * 2**30
+    assert one.host == pytest.approx(estimate, rel=0.03)
+    assert one.weights == one.gradients == one.optimizer == 0
+
+
+@pytest.mark.parametrize(
     ("name", "key"),
     [
         ("NVIDIA H100 80GB HBM3", "H100"),
@@ -302,6 +356,8 @@ def test_the_plan_in_words(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     assert "3,880,263,168 trained" in said and "8 blocks of 512 = 4,096 tokens" in said
     assert "800 blocks" in said and "200, 819,200 tokens in all" in said
     assert "L40S, 44.4 GiB: fits" in said
+    assert "warning: 47 % of an L40S is unused" in said
+    assert "per_device_train_batch_size: 2, gradient_accumulation_steps: 1 would use" in said
     assert "7 minutes, 1.27 at 12 an hour" in said  # 819,200 tokens at 4 x 539 a second
     assert main(["plan", "cpt_deepspeed.yaml", "--gpu", "L4", "--storage", str(tmp_path)]) == 0
     said = capsys.readouterr().out
