@@ -195,7 +195,7 @@ def cluster() -> Iterator[Any]:
     if address == "local":
         options |= {"include_dashboard": False, "num_cpus": os.cpu_count()}
         # Not as a runtime environment: Ray would leave the processes it has ready unused for it.
-        variables = OWN_RAY if _has_nvidia() else OWN_RAY | KEEP_MEMORY
+        variables = OWN_RAY | kept_memory()
     else:
         options["runtime_env"] = {"py_modules": [str(PROJECT / "cpt_helpers")]}
     try:
@@ -219,6 +219,11 @@ def _variables(added: dict[str, str]) -> Iterator[None]:
     finally:
         for name in added:
             del os.environ[name]
+
+
+def kept_memory() -> dict[str, str]:
+    """:data:`KEEP_MEMORY`; nothing where a GPU trains, whose tensors glibc does not hold."""
+    return {} if _has_nvidia() else KEEP_MEMORY
 
 
 def cluster_rows(ray: Any) -> list[tuple[str, str]]:

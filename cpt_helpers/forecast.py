@@ -13,9 +13,22 @@ from . import memory, planning, throughput
 from .errors import AssetError, ParameterError, nearest
 
 USABLE = 0.94  # of a GPU's memory; the rest goes to fragments and other libraries
-# Tokens a second of one GPU, as runs showed; the guide's own run, with its settings: 20 steps of
-# 8 x 512 tokens in 1.9 s each on four L40S, from the log it prints.
-MEASURED = {("L40S", "google/gemma-3-4b-pt"): (539.0, "the guide's run, with the guide's settings")}
+IDLE = 0.40  # of a GPU's memory: with more unused, the plan says so
+FILLED = 0.85  # of a GPU's memory: what a larger micro-batch may take
+# Tokens a second of one GPU in the guide's own run: 20 steps of 8 x 512 tokens in 1.9 s each on
+# four L40S, from the log it prints. It holds for a recipe with these settings and ZeRO-3.
+MEASURED = ("L40S", 539.0, "the guide's run, with the guide's settings")
+MEASURED_WITH = {
+    "model_name_or_path": "google/gemma-3-4b-pt",
+    "finetuning_type": "full",
+    "cutoff_len": 512,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 2,
+    "ray_num_workers": 4,
+    "bf16": True,
+    "disable_gradient_checkpointing": False,
+    "enable_liger_kernel": False,
+}
 METHODS = ("full", "freeze", "lora")
 # Shares of the GPU's peak that bound a speed nobody measured.
 MFU = {
@@ -41,6 +54,40 @@ class Fit:
     @property
     def fits(self) -> bool:
         return self.memory.peak <= USABLE * self.capacity
+
+
+@dataclass(frozen=True)
+class Unused:
+    """Memory that a recipe leaves unused on a GPU, and the micro-batch that would use it.
+
+    Attributes:
+        gpu: A key of :data:`throughput.GPUS`.
+        free: In bytes.
+        share: The same as a share of the GPU.
+        largest: Blocks of a micro-batch that fills the GPU to :data:`FILLED`.
+        changes: The largest micro-batch with the same global batch; empty where it is at its most.
+        peak: A worker's with these changes, in bytes.
+    """
+
+    gpu: str
+    free: float
+    share: float
+    largest: int
+    changes: dict[str, int]
+    peak: int
+
+    def __str__(self) -> str:
+        said = f"{100 * self.share:.0f} % of an {self.gpu} is unused, {self.free / 2**30:.1f} GiB"
+        room = f"there is room for per_device_train_batch_size: {self.largest}"
+        if self.changes:
+            changes = ", ".join(f"{key}: {value}" for key, value in self.changes.items())
+            use = f"{self.peak / 2**30:.1f} GiB"
+            said += f"; {changes} would use {use} with the same global batch"
+            if self.changes["per_device_train_batch_size"] == self.largest:
+                return said
+            return f"{said}; {room} with a larger one"
+        fewer = "fewer workers with more blocks each, or a larger global batch"
+        return f"{said}; {room}, which takes {fewer}" if self.largest > 1 else said
 
 
 @dataclass(frozen=True)
@@ -148,6 +195,32 @@ def _changes(args: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return changes
 
 
+def unused(args: dict[str, Any], shape: memory.Shape, gpu: str) -> Unused | None:
+    """What a recipe that fits leaves unused of a GPU, where that is more than :data:`IDLE`.
+
+    Args:
+        args: The resolved recipe; its ``deepspeed`` a file that can be read.
+        shape: Its model.
+        gpu: A key of :data:`throughput.GPUS`.
+    """
+
+    def peak(blocks: int) -> int:
+        return memory.of_worker(args | {"per_device_train_batch_size": blocks}, shape).peak
+
+    capacity = throughput.GPUS[gpu][1] * 2**30
+    micro = args.get("per_device_train_batch_size", 8)
+    now = peak(micro)
+    if now >= (1 - IDLE) * capacity:
+        return None
+    each = (peak(2 * micro) - now) / micro  # only what grows with the blocks is different
+    largest = micro + int((FILLED * capacity - now) / each)
+    batch = micro * args.get("gradient_accumulation_steps", 1)
+    same = max(n for n in range(micro, batch + 1) if n == micro or (n <= largest and not batch % n))
+    changes = {"per_device_train_batch_size": same, "gradient_accumulation_steps": batch // same}
+    free = capacity - now
+    return Unused(gpu, free, free / capacity, largest, changes if same > micro else {}, peak(same))
+
+
 def cost(
     args: dict[str, Any],
     shape: memory.Shape,
@@ -171,17 +244,16 @@ def cost(
         One where the speed was measured, two where it can only be bounded, none without a clue.
     """
     workers = args.get("ray_num_workers", 1)
-    known = MEASURED.get((gpu or "", str(args["model_name_or_path"])))
     speeds: list[tuple[float, str]] = []
     if tokens_per_second is not None:
         speeds = [(tokens_per_second, "as measured")]
-    elif known:
-        speeds = [(known[0] * workers, f"{known[0]:g} a GPU, {known[1]}")]
+    elif _measured(args, shape, gpu):
+        _, each, why = MEASURED
+        speeds = [(each * workers, f"{each:g} a GPU, {why}")]
     elif gpu:
         size = shape.size
-        trained = size.parameters if size.trained is None else size.trained
         each = throughput.flops_per_token(
-            shape.config, size.parameters, trained, args["cutoff_len"]
+            shape.config, size.text, size.backward, args["cutoff_len"]
         )
         speeds = [
             (share * throughput.GPUS[gpu][0] * workers / each, why) for share, why in MFU.values()
@@ -191,6 +263,16 @@ def cost(
         Cost(speed, source, h, None if price_per_hour is None else h * price_per_hour)
         for (speed, source), h in zip(speeds, hours, strict=True)
     ]
+
+
+def _measured(args: dict[str, Any], shape: memory.Shape, gpu: str | None) -> bool:
+    """Whether a recipe is the one whose speed is known: the method and batches decide it too."""
+    zero = memory.settings_of(args, shape.hidden)
+    return (
+        gpu == MEASURED[0]
+        and (zero.stage, zero.offload_optimizer, zero.offload_parameters) == (3, False, False)
+        and all((args.get(key) or False) == value for key, value in MEASURED_WITH.items())
+    )
 
 
 def memory_rows(args: dict[str, Any], shape: memory.Shape) -> list[dict[str, Any]]:

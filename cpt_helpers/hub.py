@@ -23,7 +23,7 @@ def ask(name: str) -> str:
             not in the local cache.
     """
     import requests
-    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub import constants, get_token, hf_hub_url
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -32,32 +32,33 @@ def ask(name: str) -> str:
     )
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
-    token = os.environ.get("HF_TOKEN")
+    token = get_token()  # of the environment, or of `huggingface-cli login`
+    named = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "the token of `huggingface-cli login`"
     page = f"{constants.ENDPOINT}/{name}"
     try:
         if constants.HF_HUB_OFFLINE:
             raise OSError("HF_HUB_OFFLINE is set")
-        # Its own call for this goes on asking a dead hub for half a minute.
+        # The hub's own call for this asks a dead hub for half a minute.
         answer = requests.head(
             hf_hub_url(name, "config.json"),
             headers=build_hf_headers(token=token or False),
             timeout=SECONDS,
         )
         hf_raise_for_status(answer)
-        return f"{name} is on the hub, and {'HF_TOKEN may' if token else 'anyone may'} read it"
+        return f"{name} is on the hub, and {named if token else 'anyone'} may read it"
     except GatedRepoError:
         raise AssetError(
             f"the model {name} is gated, and "
-            + ("HF_TOKEN is not allowed to read it" if token else "there is no HF_TOKEN"),
+            + (f"{named} is not allowed to read it" if token else "there is no HF_TOKEN"),
             where=page,
             expected="an account that accepted its licence, and a token of that account",
-            do=f"accept the licence at {page}, make a token with leave to read, and "
-            "`export HF_TOKEN=…` before starting",
+            do=f"accept the licence at {page}, make a token with permission to "
+            "read, and `export HF_TOKEN=…` (or `huggingface-cli login`) before starting",
         ) from None
     except (RepositoryNotFoundError, EntryNotFoundError):
         raise AssetError(
             f"the hub has no model {name}, or none that may be read with "
-            + ("this HF_TOKEN" if token else "no token"),
+            + (named if token else "no token"),
             where=page,
             expected="organisation/name of a model, or a folder",
             do="correct model_name_or_path, or `export HF_TOKEN=…` where it is private",

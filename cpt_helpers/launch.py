@@ -84,7 +84,7 @@ def train(
         # Ray's start is waiting for other processes: half of a launch's imports fit into it.
         threading.Thread(target=importlib.import_module, args=["torch"], daemon=True).start()
         with environment.cluster() as ray:
-            preflight.placement(ray, args, wait=True)
+            args = preflight.placed(ray, args)
             preflight.raise_if_wrong(preflight.nodes(run, args, ray))
             run.logs.mkdir(parents=True, exist_ok=True)
             attempts = _Attempts(run, args, retries, ray)

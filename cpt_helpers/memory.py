@@ -15,6 +15,7 @@ from typing import Any
 
 from .models import config_of
 from .planning import ModelSize, model_size
+from .scores import body_of, score_bytes
 from .streams import hushed
 
 # Resident before there is a model: Python, torch, DeepSpeed, LLaMA-Factory, Ray and their heaps.
@@ -122,7 +123,7 @@ class Shape:
         vocabulary: Scores of the output layer for each token.
         hidden: Width of a layer.
         layers: How many.
-        config: The text model's ``transformers`` configuration.
+        config: Its ``transformers`` configuration.
     """
 
     size: ModelSize
@@ -130,6 +131,11 @@ class Shape:
     hidden: int
     layers: int
     config: Any
+
+    @property
+    def text(self) -> Any:
+        """The text model's configuration, which is a part of a multimodal model's."""
+        return getattr(self.config, "text_config", self.config)
 
 
 def shape_of(args: dict[str, Any], config: Any = None) -> Shape:
@@ -139,7 +145,7 @@ def shape_of(args: dict[str, Any], config: Any = None) -> Shape:
     with hushed():
         size = model_size(config, str(args["model_name_or_path"]), args)
     text = getattr(config, "text_config", config)
-    return Shape(size, text.vocab_size, text.hidden_size, text.num_hidden_layers, text)
+    return Shape(size, text.vocab_size, text.hidden_size, text.num_hidden_layers, config)
 
 
 def activations(args: dict[str, Any], shape: Shape, *, checkpointing: bool | None = None) -> int:
@@ -157,7 +163,7 @@ def activations(args: dict[str, Any], shape: Shape, *, checkpointing: bool | Non
         checkpointing = not args.get("disable_gradient_checkpointing")
     rank = args.get("lora_rank", 8) if args.get("finetuning_type", "lora") == "lora" else 0
     blocks, length = args.get("per_device_train_batch_size", 8), args["cutoff_len"]
-    one, two = (_saved(shape.config, n, blocks, length, dtype_of(args), rank) for n in (1, 2))
+    one, two = (_saved(shape.text, n, blocks, length, dtype_of(args), rank) for n in (1, 2))
     layer, rest = two - one, one - (two - one)
     layers = shape.layers
     if args.get("finetuning_type") == "freeze" and not checkpointing:
@@ -187,12 +193,12 @@ def _counted(
     import transformers
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    config = kind.from_dict(json.loads(config_json))
-    config.num_hidden_layers, config.torch_dtype = layers, getattr(torch, dtype)
     kept: dict[int, Any] = {}
     with hushed(), FakeTensorMode():
+        config = kind.from_dict(json.loads(config_json))
+        config.num_hidden_layers, config.torch_dtype = layers, getattr(torch, dtype)
         model = transformers.AutoModelForCausalLM.from_config(config)
-        decoder = model.get_decoder()
+        decoder = body_of(model)
         if rank:
             _adapt(decoder, rank)
         own = [*model.parameters(), *model.buffers()]
@@ -240,11 +246,9 @@ def of_worker(args: dict[str, Any], shape: Shape) -> Memory:
     workers, on_gpu = args.get("ray_num_workers", 1), not args.get("use_cpu")
     settings = settings_of(args, shape.hidden)
     blocks, length = args.get("per_device_train_batch_size", 8), args["cutoff_len"]
-    scores = blocks * length * shape.vocabulary
-    if args.get("enable_liger_kernel"):
-        logits = 0  # it never holds them all
-    else:  # the scores, in fp32 too, their logarithms, and both gradients
-        logits = scores * (width + 4 + 4 + 4 if width == 2 else 16)
+    logits = 0  # Liger never holds them all
+    if not args.get("enable_liger_kernel"):
+        logits = blocks * length * shape.vocabulary * score_bytes(shape.config, dtype_of(args))
     states = _states(shape.size, settings, workers, width)
     kept, kind = activations(args, shape), args.get("finetuning_type", "lora")
     if not on_gpu:  # both seen in the runs that LIBRARIES and HEAP are from
@@ -275,8 +279,8 @@ def _states(size: ModelSize, settings: Settings, workers: int, width: int) -> di
     if stage == 3:
         gathered = width * max(min(every, settings.live), 2 * size.largest_layer)
     host = 0
-    if settings.offload_optimizer:
-        host, optimizer = host + HOST * optimizer, 0
+    if settings.offload_optimizer:  # DeepSpeed 0.16.9 keeps the gradients where the optimizer is
+        host, optimizer, gradients = host + HOST * (optimizer + gradients), 0, 0
     if settings.offload_parameters:
         host, weights = host + HOST * weights, 0
     found = {"weights": weights, "gathered": gathered, "gradients": gradients}

@@ -39,7 +39,7 @@ def run_all(run: Run, parameters: dict[str, Any]) -> dict[str, Any]:
     from papermill.exceptions import PapermillExecutionError
 
     _tame_jupyter()
-    for name, value in environment.KEEP_MEMORY.items():
+    for name, value in environment.kept_memory().items():
         os.environ.setdefault(name, value)  # the notebooks' kernels start with them
     declared = {step: papermill.inspect_notebook(_source(step)) for step in STEPS}
     for name in parameters:

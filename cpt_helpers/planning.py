@@ -7,9 +7,10 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from . import models
+from . import models, throughput
 from .errors import ConfigError
 from .streams import hushed
+from .throughput import NOTHING, Backward
 
 
 @dataclass(frozen=True)
@@ -136,12 +137,17 @@ class ModelSize:
         parameters: All of them, tied ones once.
         largest_layer: Parameters of the largest single module, which ZeRO-3 gathers whole.
         trained: Those that a recipe trains; ``None`` where no recipe was given.
+        text: Those that text is multiplied with, adapters too; of no recipe, as if all were
+            trained.
+        backward: What the backward pass reaches and trains of them.
     """
 
     name: str
     parameters: int
     largest_layer: int
     trained: int | None = None
+    text: int = 0
+    backward: Backward = NOTHING
 
 
 def model_size(config: Any, name: str, args: dict[str, Any] | None = None) -> ModelSize:
@@ -156,33 +162,37 @@ def model_size(config: Any, name: str, args: dict[str, Any] | None = None) -> Mo
     model.tie_weights()
     largest = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
     every = sum(p.numel() for p in model.parameters())
-    return ModelSize(name, every, largest, None if args is None else _trained(model, args))
+    trained = None
+    if args is not None:
+        _choose(model, args)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return ModelSize(name, every, largest, trained, *throughput.text_parameters(model))
 
 
-def _trained(model: Any, args: dict[str, Any]) -> int:
-    """Parameters LLaMA-Factory 0.9.3 trains: by its rules for full, freeze and lora."""
+def _choose(model: Any, args: dict[str, Any]) -> None:
+    """Freezes what LLaMA-Factory 0.9.3 freezes, and adds adapters' sizes, by its rules."""
     import torch
 
-    image = ("vision_tower", "multi_modal_projector")
-    sizes = {n: p.numel() for n, p in model.named_parameters() if not any(m in n for m in image)}
     kind = args.get("finetuning_type", "lora")
-    if kind == "full":
-        return sum(sizes.values())
+    marks = [""] if kind == "full" else []
     if kind == "freeze":
         layers = getattr(model.config, "text_config", model.config).num_hidden_layers
         count = args.get("freeze_trainable_layers", 2)
         chosen = range(layers - count, layers) if count > 0 else range(-count)
         marks = [f".{layer}." for layer in chosen]
-        return sum(size for name, size in sizes.items() if any(mark in name for mark in marks))
+    for name, parameter in model.named_parameters():
+        own = not any(mark in name for mark in throughput.IMAGE)
+        parameter.requires_grad_(own and any(mark in name for mark in marks))
+    if kind != "lora":
+        return
     rank, target = args.get("lora_rank", 8), str(args.get("lora_target", "all"))
     names = [name.strip() for name in target.split(",")]
-    return sum(
-        rank * (module.in_features + module.out_features)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and not any(mark in name for mark in (*image, "lm_head"))
-        and (target == "all" or name.split(".")[-1] in names)
-    )
+    for name, module in list(model.named_modules()):
+        linear = isinstance(module, torch.nn.Linear)
+        skipped = any(mark in name for mark in (*throughput.IMAGE, "lm_head"))
+        if linear and not skipped and (target == "all" or name.split(".")[-1] in names):
+            size = rank * (module.in_features + module.out_features)
+            module.adapter = torch.nn.Parameter(torch.empty(size, device="meta"))
 
 
 def gemma_3_4b() -> Any:

@@ -16,7 +16,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from . import advice, checkpoints, environment, forecast, hub, planning, refused, tracking_store
+from . import (
+    advice,
+    checkpoints,
+    environment,
+    forecast,
+    hub,
+    node_checks,
+    planning,
+    refused,
+    tracking_store,
+)
 from .checks import names_of
 from .errors import AssetError, CptError, DataError, StorageError, UnreadyError
 from .findings import Finding
@@ -162,6 +172,22 @@ def _labels_nobody_has(ray: Any, each: dict[str, float]) -> UnreadyError | None:
     )
 
 
+def placed(ray: Any, args: dict[str, Any]) -> dict[str, Any]:
+    """Waits for room for the workers; gives an offloaded optimizer its cores.
+
+    Returns:
+        The recipe to launch.
+
+    Raises:
+        UnreadyError: There is no room.
+    """
+    placement(ray, args, wait=True)  # nodes that start on demand are there after it
+    wider = node_checks.with_cores(ray, args)
+    if wider is not args:
+        placement(ray, wider, wait=True)
+    return wider
+
+
 def enough_memory(ray: Any, args: dict[str, Any]) -> str:
     """Each worker's peak, as planned, against the GPUs or the memory that the cluster has.
 
@@ -239,7 +265,7 @@ def nodes(run: Run, args: dict[str, Any], ray: Any) -> list[Finding]:
     finally:
         for left in mark.parent.glob(mark.name + "*"):
             left.unlink(missing_ok=True)
-    return findings
+    return findings + [Finding(*found) for found in node_checks.look(ray, args)]
 
 
 def _look(mark: str, paths: list[str], packages: tuple[str, ...], node: str) -> dict[str, Any]:

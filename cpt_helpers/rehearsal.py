@@ -207,6 +207,8 @@ def _plan_in_words(
     lines.append("")
     for name in kinds:
         lines += _fit_in_words(args, shape, name)
+    if kind and (idle := forecast.unused(args, shape, kind)):
+        lines.append(f"      warning: {idle}")
     if args.get("use_cpu"):
         import psutil
 

@@ -1,4 +1,4 @@
-"""What a training does with its machine: FLOPs a token, the peak they are held against, memory.
+"""What a training does with its machine: FLOPs a token, the peak they are compared with, memory.
 
 The Trainer's own FLOP count sees only a rank's shard under ZeRO-3, so it is counted here.
 """
@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Dense bf16 matrix products, FLOP/s, and memory in GiB as the driver reports it; from NVIDIA's data
-# sheets (their figures «with sparsity» halved). T4 and V100 have no bf16: fp16.
+# Dense bf16 matrix products, FLOP/s, and memory in GiB as torch reports it. From NVIDIA's data
+# sheets (nvidia.com/en-us/data-center/<name>), whose figures «with sparsity» are halved: H100 and
+# H200 SXM 1,979, their NVL boards 1,671, H100 PCIe 1,513 TFLOP/s. T4 and V100 have no bf16: fp16.
 GPUS: dict[str, tuple[float, float]] = {
     "B200": (2250e12, 178.0),
+    "H200-NVL": (835.5e12, 139.8),
     "H200": (989e12, 139.8),
+    "H100-NVL": (835.5e12, 93.0),
     "H100-PCIE": (756e12, 79.1),
     "H100": (989e12, 79.1),
     "A100-80G": (312e12, 79.1),
@@ -26,21 +30,46 @@ GPUS: dict[str, tuple[float, float]] = {
     "V100": (125e12, 15.8),
     "T4": (65e12, 14.6),
 }
-_IMAGE = ("vision_tower", "multi_modal_projector")
+IMAGE = ("vision_tower", "multi_modal_projector")  # what text does not go through
+_LAYER = re.compile(r"\.(\d+)\.")
 
 
 def gpu_named(name: str) -> str | None:
     """The key of :data:`GPUS` for a device's name, ``"NVIDIA H100 80GB HBM3"`` → ``"H100"``."""
     words = set(re.split(r"[^A-Z0-9]+", name.upper().replace("RTX ", "RTX")))
-    if "H100" in words and "PCIE" in words:
-        return "H100-PCIE"
     if "A100" in words:
         return "A100-80G" if words & {"80G", "80GB"} else "A100-40G"
-    return next((key for key in GPUS if key in words), None)
+    # A board's own entry stands before the family's: H100-NVL before H100.
+    return next((key for key in GPUS if set(key.split("-")) <= words), None)
 
 
-def attention_widths(config: Any, length: int) -> int:
-    """Heads × head size × tokens looked at, summed over the layers; windows are narrower."""
+@dataclass(frozen=True)
+class Backward:
+    """What a backward pass reaches: it ends at the lowest layer that is trained.
+
+    Attributes:
+        reached: Parameters whose activations get a gradient: the lowest trained layer's, and all
+            after it.
+        trained: Parameters that get a gradient of their own.
+        lowest: Index of the lowest layer reached.
+    """
+
+    reached: int
+    trained: int
+    lowest: int = 0
+
+
+NOTHING = Backward(0, 0)
+
+
+def attention_widths(config: Any, length: int, lowest: int = 0) -> int:
+    """Heads × head size × tokens looked at, summed over the layers; windows are narrower.
+
+    Args:
+        config: The model's ``transformers`` configuration.
+        length: Tokens in a block.
+        lowest: Index of the first layer that counts.
+    """
     text = getattr(config, "text_config", config)
     heads = text.num_attention_heads
     width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
@@ -48,7 +77,7 @@ def attention_widths(config: Any, length: int) -> int:
     kinds = getattr(text, "layer_types", None)
     pattern = getattr(text, "sliding_window_pattern", None)
     seen = 0
-    for layer in range(layers):
+    for layer in range(lowest, layers):
         if kinds:
             local = kinds[layer] == "sliding_attention"
         else:
@@ -57,37 +86,59 @@ def attention_widths(config: Any, length: int) -> int:
     return width * seen
 
 
-def flops_per_token(config: Any, parameters: int, trained: int, length: int) -> float:
+def flops_per_token(config: Any, parameters: int, backward: Backward, length: int) -> float:
     """Floating-point operations of a training step, for each token.
 
-    6 a parameter (2 forward, 2 for the gradient of the activations, 2 for the weights') and
-    12 × heads × head size × length for attention, as Chowdhery et al. 2022 (arXiv 2204.02311,
-    appendix B) count them: causal masks and recomputed activations are not taken off or added.
-    Frozen weights need no gradient of their own: 4.
+    2 a parameter in the forward pass, 2 for the gradient of the activations where the backward
+    pass comes by, 2 for the gradient of each trained weight. Attention is 4 × heads × head size ×
+    length in a layer forward and 8 backward, as Chowdhery et al. 2022 (arXiv 2204.02311,
+    appendix B) count it: causal masks and recomputed activations are not taken off or added.
 
     Args:
         config: The model's ``transformers`` configuration.
-        parameters: Those text goes through, a tied embedding once (as the output layer; looking
-            up a row costs nothing), an untied input embedding not.
-        trained: Those of them that are trained.
+        parameters: Those text goes through (:func:`text_parameters`).
+        backward: Those the backward pass reaches and trains.
         length: Tokens in a block.
     """
-    return 4.0 * parameters + 2.0 * trained + 12.0 * attention_widths(config, length)
+    forward = 2.0 * parameters + 4.0 * attention_widths(config, length)
+    gradients = 2.0 * backward.reached + 2.0 * backward.trained
+    return forward + gradients + 8.0 * attention_widths(config, length, backward.lowest)
 
 
-def text_parameters(model: Any) -> tuple[int, int]:
-    """A model's parameters that text is multiplied with: all, and trained; also under ZeRO-3."""
-    lookup = model.get_input_embeddings().weight
+def text_parameters(model: Any) -> tuple[int, Backward]:
+    """A model's parameters that text is multiplied with, and what the backward pass does.
+
+    A tied embedding counts once, as the output layer: looking up a row costs nothing. Of a mixture
+    of experts count those a token goes through. Sizes are right under ZeRO-3 too.
+
+    Args:
+        model: The model; its ``requires_grad`` say what is trained, its shapes the rest.
+    """
+    import torch
+
     output = model.get_output_embeddings()
-    tied = output is not None and output.weight is lookup
-    every = trained = 0
+    tables = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    lookups = tables - {output.weight if output is not None else None}
+    text = getattr(model.config, "text_config", model.config)
+    layers = text.num_hidden_layers
+    experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 1
+    chosen = (getattr(text, "num_experts_per_tok", None) or 1) / experts if experts > 1 else 1.0
+    places: list[tuple[int, float, bool]] = []  # the layer, the multiplied parameters, trained?
     for name, parameter in model.named_parameters():
-        if any(mark in name for mark in _IMAGE) or (parameter is lookup and not tied):
+        if any(mark in name for mark in IMAGE):
             continue
         count = getattr(parameter, "ds_numel", parameter.numel())
-        every += count
-        trained += count if parameter.requires_grad else 0
-    return every, trained
+        layer = _LAYER.search(name)
+        # What is looked up comes before all layers, the output layer after them.
+        place = -1 if parameter in tables else int(layer[1]) if layer else layers
+        share = 0.0 if parameter in lookups else chosen if ".experts." in name else 1.0
+        places.append((place, count * share, parameter.requires_grad))
+    lowest = min((place for place, _, trained in places if trained), default=layers)
+    every = sum(count for _, count, _ in places)
+    # A tied output layer is multiplied after all layers, wherever its table is looked up.
+    reached = sum(c for place, c, _ in places if place >= lowest or place < 0)
+    trained = sum(count for _, count, trained in places if trained)
+    return round(every), Backward(round(reached), round(trained), max(lowest, 0))
 
 
 def peak_flops(on_gpu: bool, dtype: str = "float32") -> tuple[str, float | None]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
-from cpt_helpers import config, forecast, memory, planning, throughput
+from cpt_helpers import config, forecast, memory, models, planning, throughput
 from cpt_helpers.__main__ import main
 from cpt_helpers.errors import ParameterError
 
@@ -30,24 +33,120 @@ def gemma() -> tuple[dict, memory.Shape]:
     return recipe, memory.shape_of(recipe, planning.gemma_3_4b())
 
 
-def test_flops_are_those_torch_counts(args: dict) -> None:
-    import torch
+LAYERS = 6
+METHODS = {
+    "full": {"finetuning_type": "full"},
+    "freeze": {"finetuning_type": "freeze", "freeze_trainable_layers": 2},
+    "lora": {"finetuning_type": "lora", "lora_rank": 4, "lora_target": "all"},
+}
+
+
+def decoder(family: str, **own: object) -> object:
+    """A model's configuration of a few small layers, of one of transformers' families."""
+    if family == "gpt2":
+        return AutoConfig.for_model("gpt2", n_embd=64, n_layer=LAYERS, n_head=4, vocab_size=512)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": LAYERS}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512}
+    return AutoConfig.for_model(family, **sizes | heads | own)
+
+
+FAMILIES = {
+    "tied": decoder("llama", tie_word_embeddings=True),
+    "untied": decoder("llama", tie_word_embeddings=False),
+    "gpt2": decoder("gpt2"),
+    "experts": decoder("mixtral", num_local_experts=4, num_experts_per_tok=2),
+}
+
+
+def counted_by_torch(model: object, tokens: object, opened: int | None = None) -> int:
+    """FLOPs of a forward and a backward pass. Under gradient checkpointing LLaMA-Factory asks for
+    the gradient of the lowest trained layer's input: ``opened`` is that layer."""
     from torch.utils.flop_counter import FlopCounterMode
+
+    def open_input(module: object, args: tuple, kwargs: dict) -> None:
+        args[0].requires_grad_(True)
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if opened is not None:
+        layers = base.transformer.h if hasattr(base, "transformer") else base.model.layers
+        layers[opened].register_forward_pre_hook(open_input, with_kwargs=True)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flops_are_those_torch_counts(family: str, method: str) -> None:
+    """Counted from the model at work, and from its configuration before there is one."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(FAMILIES[family], attn_implementation="eager")
+    if method == "freeze":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(any(f".{n}." in name for n in (LAYERS - 2, LAYERS - 1)))
+    if method == "lora":
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", bias="none"))
+    tokens = torch.arange(2 * 64).reshape(2, 64) % 500
+    opened = {"full": None, "freeze": LAYERS - 2, "lora": 0}[method]
+    seen = counted_by_torch(model, tokens, opened) / tokens.numel()
+    of_model = throughput.flops_per_token(model.config, *throughput.text_parameters(model), 64)
+    assert of_model == pytest.approx(
+        seen, rel=0.02
+    )  # GPT-2's biases are counted and not multiplied
+    if family == "gpt2" and method == "lora":
+        return  # its layers are Conv1D, to which LLaMA-Factory's adapters do not go
+    size = planning.model_size(FAMILIES[family], family, METHODS[method])
+    planned = throughput.flops_per_token(FAMILIES[family], size.text, size.backward, 64)
+    assert planned == pytest.approx(seen, rel=0.02)
+
+
+def test_flops_without_gradient_checkpointing() -> None:
+    """The lowest trained layer's input then needs no gradient: at most a few per cent less."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(FAMILIES["tied"], attn_implementation="eager")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".5." in name)
+    tokens = torch.arange(2 * 64).reshape(2, 64) % 500
+    seen = counted_by_torch(model, tokens) / tokens.numel()
+    ours = throughput.flops_per_token(model.config, *throughput.text_parameters(model), 64)
+    assert seen <= ours <= 1.03 * seen
+
+
+def test_windows_are_narrower(args: dict) -> None:
+    """Eager attention multiplies over the whole block; the count takes the hidden part off."""
+    import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
         args["model_name_or_path"], attn_implementation="eager"
     )
     tokens = torch.arange(2 * 64).reshape(2, 64) % 500
-    with FlopCounterMode(display=False) as counter:
-        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
-    every, trained = throughput.text_parameters(model)
-    assert every == trained == sum(p.numel() for p in model.parameters()), "tied, counted once"
-    ours = throughput.flops_per_token(model.config, every, trained, 64) * tokens.numel()
-    # Eager attention multiplies over the whole block also where a window hides most of it.
+    seen = counted_by_torch(model, tokens) / tokens.numel()
+    every, backward = throughput.text_parameters(model)
+    assert every == backward.trained == sum(p.numel() for p in model.parameters()), "tied, once"
+    ours = throughput.flops_per_token(model.config, every, backward, 64)
     width = model.config.num_attention_heads * model.config.head_dim
-    hidden = 12 * width * (2 * 64) - 12 * throughput.attention_widths(model.config, 64)
-    assert ours + hidden * tokens.numel() == pytest.approx(counter.get_total_flops(), rel=0.02)
+    hidden = 12 * (width * 2 * 64 - throughput.attention_widths(model.config, 64))
+    assert ours + hidden == pytest.approx(seen, rel=0.02)
+
+
+def test_frozen_layers_and_images_cost_less(gemma: tuple[dict, memory.Shape]) -> None:
+    """Gemma-3-4B: text passes 3.88e9 of its 4.3e9 parameters; eight layers' backward is short."""
+    recipe, shape = gemma
+    freeze = recipe | {"finetuning_type": "freeze", "freeze_trainable_layers": 8}
+    other = memory.shape_of(freeze, planning.gemma_3_4b()).size
+    assert shape.size.text == shape.size.backward.reached == shape.size.trained == 3_880_263_168
+    assert other.text == shape.size.text and other.backward.lowest == 26
+    both = [
+        throughput.flops_per_token(shape.config, size.text, size.backward, 512)
+        for size in (shape.size, other)
+    ]
+    assert both[1] / both[0] == pytest.approx(0.52, abs=0.01)
 
 
 def test_activations_are_those_autograd_keeps(args: dict) -> None:
@@ -71,6 +170,59 @@ def test_activations_are_those_autograd_keeps(args: dict) -> None:
     assert counted == pytest.approx(real, rel=0.05)
     less = memory.activations(args, memory.shape_of(args), checkpointing=True)
     assert less < 0.75 * counted
+
+
+def peak_of_tensors(work: Callable[[], object]) -> int:
+    """The most bytes of tensors that were alive at once, as torch's profiler saw them."""
+    from torch._C._profiler import _EventType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    todo, found = list(seen.profiler.kineto_results.experimental_event_tree()), []
+    while todo:
+        event = todo.pop()
+        todo += event.children
+        if event.tag == _EventType.Allocation:
+            found.append((event.start_time_ns, event.extra_fields.alloc_size))
+    return max(accumulate(size for _, size in sorted(found)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma2", "gemma3_text", "gemma3", "mixtral", "gpt2", "qwen2"]
+)
+def test_scores_are_those_a_real_pass_holds(family: str, dtype: str) -> None:
+    """A large vocabulary on a narrow model, so that its scores are nearly all there is."""
+    import torch
+
+    vocabulary, length = 40_000, 256
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 4}
+    size |= {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": vocabulary}
+    if family == "gpt2":
+        size = {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": vocabulary}
+    if family == "gemma3":
+        tower = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+        tower |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+        size = {"text_config": size, "vision_config": tower, "mm_tokens_per_image": 4}
+    shape = AutoConfig.for_model(family, **size)
+    with torch.device("cpu"):
+        model = models._auto_class(shape).from_config(shape).to(getattr(torch, dtype)).train()
+    tokens = torch.arange(length)[None] + 3
+    mask = torch.ones_like(tokens)
+
+    def step(held: bool) -> None:
+        outputs = model(input_ids=tokens, labels=tokens, attention_mask=mask, use_cache=False)
+        loss = outputs.loss
+        if not held:
+            del outputs  # as the trainer does
+        loss.backward()
+        model.zero_grad()
+
+    peaks = {h: peak_of_tensors(lambda h=h: step(h)) / vocabulary / length for h in (True, False)}
+    ours = memory.score_bytes(shape, dtype)
+    assert ours == pytest.approx(peaks[True], rel=0.06)
+    assert peaks[False] < 1.03 * ours
 
 
 def test_states_beside_deepspeeds_estimate(gemma: tuple[dict, memory.Shape]) -> None:
@@ -116,6 +268,60 @@ def test_hours_and_price(gemma: tuple[dict, memory.Shape]) -> None:
 
 
 @pytest.mark.parametrize(
+    "other",
+    [
+        {"finetuning_type": "lora"},
+        {"finetuning_type": "freeze"},
+        {"per_device_train_batch_size": 4},
+        {"gradient_accumulation_steps": 1},
+        {"cutoff_len": 2048},
+        {"ray_num_workers": 8},
+        {"disable_gradient_checkpointing": True},
+        {"enable_liger_kernel": True},
+        {"deepspeed": str(config.DEEPSPEED_CONFIGS / "ds_z2_config.json")},
+        {"deepspeed": str(config.DEEPSPEED_CONFIGS / "ds_z3_offload_config.json")},
+    ],
+    ids=lambda other: ",".join(other) + str(*other.values())[-24:],
+)
+def test_a_measured_speed_holds_for_what_was_measured(
+    gemma: tuple[dict, memory.Shape], other: dict
+) -> None:
+    recipe, shape = gemma
+    assert len(forecast.cost(recipe, shape, 1000, "L40S")) == 1
+    bounds = forecast.cost(recipe | other, shape, 1000, "L40S")
+    assert len(bounds) == 2 and not any("the guide's settings" in b.source for b in bounds)
+
+
+def test_memory_that_stays_unused(gemma: tuple[dict, memory.Shape]) -> None:
+    recipe, shape = gemma
+    found = forecast.unused(recipe, shape, "L40S")
+    assert found.changes == {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
+    assert "with the same global batch; there is room for" in str(found)
+    room = found.free + memory.of_worker(recipe, shape).peak
+    for blocks, fits in ((found.largest, True), (found.largest + 1, False)):
+        changed = recipe | {"per_device_train_batch_size": blocks}
+        peak = memory.of_worker(changed, shape).peak
+        assert (peak <= forecast.FILLED * room) is fits
+    long = forecast.unused(recipe | {"gradient_accumulation_steps": 12}, shape, "L40S")
+    assert long.changes == {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2}
+    assert long.peak == memory.of_worker(recipe | long.changes, shape).peak
+    alone = forecast.unused(recipe | {"gradient_accumulation_steps": 1}, shape, "L40S")
+    assert not alone.changes and "fewer workers" in str(alone)
+    full = recipe | {"per_device_train_batch_size": found.largest}
+    assert forecast.unused(full, shape, "L40S") is None
+
+
+def test_offloaded_states_and_gradients_are_on_the_host(gemma: tuple[dict, memory.Shape]) -> None:
+    """DeepSpeed's own estimate for a host: 18 bytes a parameter and a factor of 1.5."""
+    recipe, shape = gemma
+    file = str(config.DEEPSPEED_CONFIGS / "ds_z3_offload_config.json")
+    one = memory.of_worker(recipe | {"deepspeed": file, "ray_num_workers": 1}, shape)
+    estimate = planning.zero_memory(shape.size, 1)[-1]["GiB of host memory"] * 2**30
+    assert one.host == pytest.approx(estimate, rel=0.03)
+    assert one.weights == one.gradients == one.optimizer == 0
+
+
+@pytest.mark.parametrize(
     ("name", "key"),
     [
         ("NVIDIA H100 80GB HBM3", "H100"),
@@ -123,6 +329,11 @@ def test_hours_and_price(gemma: tuple[dict, memory.Shape]) -> None:
         ("NVIDIA A100-SXM4-80GB", "A100-80G"),
         ("NVIDIA L40S", "L40S"),
         ("NVIDIA L40", None),
+        ("NVIDIA H100 PCIe", "H100-PCIE"),
+        ("NVIDIA H100 NVL", "H100-NVL"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA H200 NVL", "H200-NVL"),
+        ("H100-NVL", "H100-NVL"),
         ("Tesla V100-SXM2-16GB", "V100"),
         ("NVIDIA GeForce RTX 4090", "RTX4090"),
         ("NVIDIA GeForce GTX 1080", None),
@@ -145,6 +356,8 @@ def test_the_plan_in_words(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     assert "3,880,263,168 trained" in said and "8 blocks of 512 = 4,096 tokens" in said
     assert "800 blocks" in said and "200, 819,200 tokens in all" in said
     assert "L40S, 44.4 GiB: fits" in said
+    assert "warning: 47 % of an L40S is unused" in said
+    assert "per_device_train_batch_size: 2, gradient_accumulation_steps: 1 would use" in said
     assert "7 minutes, 1.27 at 12 an hour" in said  # 819,200 tokens at 4 x 539 a second
     assert main(["plan", "cpt_deepspeed.yaml", "--gpu", "L4", "--storage", str(tmp_path)]) == 0
     said = capsys.readouterr().out

@@ -402,6 +402,15 @@ def test_the_hub_is_asked(hub: str, name: str, token: str, said: str, tmp_path: 
     assert not token or token not in answer["said"]
 
 
+@pytest.mark.parametrize("of", ["refused", "allowed"])
+def test_a_token_of_huggingface_cli_login(hub: str, of: str, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text(f"hf_{of}_0123456789")
+    answer = ask_hub("gated/model", HF_ENDPOINT=hub, HF_TOKEN="", HF_HOME=str(tmp_path))
+    may = {"refused": "is not allowed to read it", "allowed": "may read it"}[of]
+    assert f"the token of `huggingface-cli login` {may}" in answer["said"]
+    assert "0123456789" not in answer["said"]
+
+
 def test_a_hub_out_of_reach(tmp_path: Path) -> None:
     dead = f"http://127.0.0.1:{free_port()}"
     answer = ask_hub("open/model", HF_ENDPOINT=dead, HF_HOME=str(tmp_path))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from cpt_helpers import curves, environment, notebook, run, show
+from cpt_helpers import curves, environment, notebook, pipeline, run, show
 from cpt_helpers.errors import (
     ParameterError,
     RunExistsError,
@@ -193,3 +194,17 @@ def test_the_time_of_a_launch_is_shared_out_whole(tmp_path: Path) -> None:
     (axes,) = curves.plot_time(spent).axes
     assert [bar.get_width() for bar in axes.patches] == list(spent.values())
     assert axes.get_legend_handles_labels()[1][1] == "steps\n40 s · 35%"
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_memory_settings_of_glibc_are_for_cpus(
+    on_gpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the notebooks' kernels start with, and the workers with them."""
+    monkeypatch.setattr(environment, "_has_nvidia", lambda: on_gpu)
+    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if "MALLOC" not in k})
+    with pytest.raises(ParameterError, match="unknown parameter NOBODY"):
+        pipeline.run_all(run.Run.open("glibc", tmp_path), {"NOBODY": 1})
+    assert {name for name in os.environ if "MALLOC" in name} == (
+        set() if on_gpu else set(environment.KEEP_MEMORY)
+    )
