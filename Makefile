@@ -1,4 +1,4 @@
-# run · test · test-forms · test-faults · bench · bench-growth · bench-start · bench-step · bench-data · bench-replay · bench-memory · bench-methods · bench-forms · lint · lab: each sets up .venv by itself the first time.
+# run · test · test-forms · test-faults · test-families · bench · bench-growth · bench-start · bench-step · bench-data · bench-replay · bench-memory · bench-methods · bench-forms · lint · lab: each sets up .venv by itself the first time.
 PYTHON ?= python3
 RUN ?= cpt-cpu
 CONFIG ?=
@@ -15,7 +15,7 @@ READY := $(VENV)/.ready
 # A folder of wheels, where there is one: pip knows PIP_FIND_LINKS by itself, uv has to be told.
 FIND_LINKS := $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)")
 
-.PHONY: run test test-forms test-faults bench bench-growth bench-start bench-step bench-data bench-replay bench-memory bench-methods bench-forms lint lab setup clean
+.PHONY: run test test-forms test-faults test-families bench bench-growth bench-start bench-step bench-data bench-replay bench-memory bench-methods bench-forms lint lab setup clean
 
 ## all six notebooks in order: make run [RUN=name CONFIG=recipe CORPUS=corpus OVERRIDES='{key: value}' …]
 run: $(READY)
@@ -35,6 +35,10 @@ test-faults: $(READY)
 	@rm -f $(SEEN)
 	@CPT_FAULTS_TABLE="$(SEEN)" $(PY) -m pytest -m faults tests/test_faults.py
 	@PYTHONPATH=tests $(PY) -m faults.table "$(SEEN)"
+
+## every family of models by every method, ZeRO stage and number of workers: twenty minutes
+test-families: $(READY)
+	@$(PY) -m pytest -m families
 
 ## how fast, beside the guide's settings, DDP and a plain loop: twenty-five minutes
 bench: $(READY)

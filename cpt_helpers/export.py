@@ -12,10 +12,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from . import weights
 from .assets import sha256
 from .checkpoints import MANIFEST
 from .environment import require_room
-from .errors import CheckpointError, ExportError
+from .errors import CheckpointError, ExportError, WeightsError
 from .models import (
     ADAPTER,
     BASE,
@@ -155,6 +156,14 @@ def _write_model(checkpoint: Path, part: Path, dtype: str) -> None:
         model = model.to(stored if dtype == "auto" else getattr(torch, dtype))
     with hushed():  # DeepSpeed's import tells where it runs
         model.save_pretrained(part, safe_serialization=True)
+    if not base and (changed := weights.differing(checkpoint, part)):
+        raise WeightsError(
+            f"{len(changed)} exported tensors differ from the checkpoint's: "
+            + ", ".join(changed[:3]),
+            where=checkpoint,
+            expected="the same bytes wherever the precision is the same",
+            do="export again; if it happens again, report it with the model's config.json",
+        )
     tokenizer.save_pretrained(part)
     for folder in [Path(base), checkpoint] if base else [checkpoint]:
         copy_processor(folder, part)

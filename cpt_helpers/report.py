@@ -78,7 +78,7 @@ def _contents(run: Run, measured: Measured) -> dict[str, Any]:
         "spent": [(what, seconds, seconds / sum(spent.values())) for what, seconds in spent.items()]
         if sum(spent.values())
         else [],
-        "costs": list(_costs_in_words(curves.costs(run))),
+        "costs": [*_costs_in_words(curves.costs(run)), *_incidents(events)],
         "cloze": _cloze_contents(measured.outcome),
         "versions": results.get("versions", {}),
         "settings": list(_settings(run, args)),
@@ -131,6 +131,16 @@ def _costs_in_words(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "share of the device's peak (MFU), median", f"{found['mfu']:.0%}"
     if "peak_memory" in found:
         yield "peak memory of a worker", f"{found['peak_memory'] / 2**30:.2f} GiB"
+
+
+def _incidents(events: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Restarts of the training, and each time it diverged."""
+    starts = [event["step"] for event in events if event["event"] == "start"]
+    if len(starts) > 1:
+        yield "restarts", ", ".join(f"from step {step}" for step in starts[1:])
+    for event in events:
+        if event["event"] == "diverged":
+            yield "diverged", f"at step {event['step']}, rank {event['rank']}: {event['reason']}"
 
 
 def _settings(run: Run, args: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -142,6 +142,10 @@ class _Mirror:
         self._keep_files()
         try:
             complete = self.run.state == "complete"
+            for event in self.run.events():
+                if event["event"] == "diverged":
+                    said = f"step {event['step']}, rank {event['rank']}: {event['reason']}"
+                    self.client.set_tag(self.id, "cpt.diverged", said)
             self.client.set_terminated(self.id, "FINISHED" if complete else "FAILED")
         except Exception as error:
             show.say(f"MLflow's record of the run could not be closed: {error}")

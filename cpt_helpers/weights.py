@@ -7,6 +7,7 @@ rank reads its own part of the files as a stream; nothing is gathered.
 from __future__ import annotations
 
 import json
+import math
 import random
 import struct
 import time
@@ -55,6 +56,7 @@ class _Stored:
     start: int  # byte of its first element
     dtype: str
     elements: int
+    bytes: int
 
 
 def verify(model: Any, recipe: dict[str, Any], resumed: dict[str, Any] | None) -> Verified:
@@ -112,25 +114,20 @@ def verify(model: Any, recipe: dict[str, Any], resumed: dict[str, Any] | None) -
     return Verified(len(parts), bytes_read, round(share, 4), seconds)
 
 
-def equal_tensors(one: Path, other: Path) -> list[str]:
-    """Names of the tensors in which two folders of safetensors differ, for equal dtypes only."""
-    import torch
+def differing(one: Path, other: Path) -> list[str]:
+    """Names of tensors that two folders of safetensors share and that are not the same bytes.
 
+    Tensors of different precisions are not compared.
+    """
     ours, theirs = _stored(one), _stored(other)
     return [
         name
-        for name in sorted(ours.keys() & theirs.keys())
-        if ours[name].dtype == theirs[name].dtype
+        for name, tensor in sorted(ours.items())
+        if name in theirs
+        and theirs[name].dtype == tensor.dtype
         and (
-            ours[name].elements != theirs[name].elements
-            or not all(
-                torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-                for a, b in zip(
-                    _read(ours[name], 0, ours[name].elements),
-                    _read(theirs[name], 0, theirs[name].elements),
-                    strict=True,
-                )
-            )
+            theirs[name].elements != tensor.elements
+            or any(a != b for a, b in zip(_bytes(tensor), _bytes(theirs[name]), strict=True))
         )
     ]
 
@@ -200,11 +197,10 @@ def _stored(folder: Path) -> dict[str, _Stored]:
             header = json.loads(file.read(size))
         for name, tensor in header.items():
             if name != "__metadata__":
-                elements = 1
-                for length in tensor["shape"]:
-                    elements *= length
-                start = 8 + size + tensor["data_offsets"][0]
-                found[name] = _Stored(path, start, tensor["dtype"], elements)
+                elements = math.prod(tensor["shape"])
+                first, end = tensor["data_offsets"]
+                start = 8 + size + first
+                found[name] = _Stored(path, start, tensor["dtype"], elements, end - first)
     return found
 
 
@@ -272,12 +268,18 @@ def _read(stored: _Stored, start: int, count: int) -> Iterator[Any]:
     import torch
 
     dtype = getattr(torch, _DTYPES[stored.dtype])
+    for chunk in _bytes(stored, start * dtype.itemsize, count * dtype.itemsize):
+        yield torch.frombuffer(chunk, dtype=dtype)
+
+
+def _bytes(stored: _Stored, start: int = 0, count: int | None = None) -> Iterator[bytearray]:
+    """A stored tensor's bytes, a chunk at a time."""
     with stored.path.open("rb") as file:
-        file.seek(stored.start + start * dtype.itemsize)
-        left = count * dtype.itemsize
+        file.seek(stored.start + start)
+        left = stored.bytes if count is None else count
         while left > 0:
             chunk = bytearray(file.read(min(_CHUNK, left)))
             if not chunk:
                 raise WeightsError("a file of weights is cut short", where=stored.path)
             left -= len(chunk)
-            yield torch.frombuffer(chunk, dtype=dtype)
+            yield chunk
