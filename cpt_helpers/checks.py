@@ -194,6 +194,7 @@ def contradictions(
             "eval_strategy", "eval_dataset: <corpus>_heldout, or eval_strategy: no",
         ))  # fmt: skip
     found += _in_deepspeed_file(args, deepspeed) if deepspeed else ()
+    found += _in_blocks(args, path)
     if args.get("template") not in (known := _templates()):
         found.append(wrong(
             f"template: {args.get('template')!r} is not known", "template",
@@ -227,6 +228,16 @@ def _in_deepspeed_file(args: dict[str, Any], path: Path) -> Iterator[ConfigError
     }
     flat = settings | {f"{k}.enabled": (settings.get(k) or {}).get("enabled") for k in _PRECISIONS}
     own |= {f"{name}.enabled": bool(args.get(name)) for name in _PRECISIONS}
+    zero = settings.get("zero_optimization") or {}
+    if zero.get("stage3_use_all_reduce_for_fetch_params"):
+        yield ConfigError(
+            "stage3_use_all_reduce_for_fetch_params gathers wrong weights in DeepSpeed 0.16.9 "
+            "where a parameter is padded",
+            where=path,
+            expected="gathering by all-gather, DeepSpeed's default "
+            "(https://github.com/deepspeedai/DeepSpeed/pull/8158)",
+            do="take the key out",
+        )
     for key, value in own.items():
         given = flat.get(key, "auto")
         if given not in ("auto", None) and given != value:
@@ -236,6 +247,29 @@ def _in_deepspeed_file(args: dict[str, Any], path: Path) -> Iterator[ConfigError
                 expected='"auto": the recipe decides',
                 do='write "auto" there',
             )
+
+
+def _in_blocks(args: dict[str, Any], path: Path) -> Iterator[ConfigError]:
+    """Settings that the blocks of step 2 were not made with; LLaMA-Factory would ignore them."""
+    record = Path(str(args.get("tokenized_path") or ""), "mix.json")
+    if not record.is_file():
+        return
+    mix = json.loads(record.read_text("utf-8"))
+    if mix.get("block_size", args["cutoff_len"]) != args["cutoff_len"]:
+        yield ConfigError(
+            f"cutoff_len is {args['cutoff_len']}, and the blocks have {mix['block_size']} tokens",
+            where=f"{path}{line_of(path, 'cutoff_len')}\n{record}",
+            expected="blocks of cutoff_len tokens",
+            do="run notebook 02_data with the same OVERRIDES",
+        )
+    lacking = [n for n in names_of(args.get("eval_dataset")) if n not in mix["heldout_blocks"]]
+    if lacking:
+        yield ConfigError(
+            f"eval_dataset: {', '.join(lacking)} would not be measured",
+            where=f"{path}{line_of(path, 'eval_dataset')}\n{record}",
+            expected=f"held-out sets that have blocks: {', '.join(mix['heldout_blocks'])}",
+            do="name these, or prepare the other ones with notebook 02_data",
+        )
 
 
 def _parser_says(args: dict[str, Any]) -> str | None:

@@ -110,12 +110,19 @@ def model_of(train_config: str, overrides: dict[str, Any], storage: Path) -> str
 
 
 def corpus_of(train_config: str, overrides: dict[str, Any]) -> str:
-    """The corpus a recipe trains on: the first name of its ``dataset``."""
+    """The corpus a recipe trains on, its ``dataset``."""
     path, recipe = read_recipe(train_config)
-    names = str((recipe | overrides).get("dataset") or "")
+    names = names_of((recipe | overrides).get("dataset"))
     if not names:
         raise ConfigError("the recipe names no dataset", where=path, expected="`dataset: <name>`")
-    return names.split(",")[0].strip()
+    if len(names) > 1:
+        raise ConfigError(
+            f"the recipe names {len(names)} datasets: {', '.join(names)}",
+            where=f"{path}{line_of(path, 'dataset')}",
+            expected="one corpus; several need weights",
+            do="give them as CORPUS: " + "{" + ", ".join(f"{n!r}: 1" for n in names) + "}",
+        )
+    return names[0]
 
 
 def check_keys(train_config: str, overrides: dict[str, Any]) -> None:

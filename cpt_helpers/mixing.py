@@ -62,6 +62,7 @@ class Mix:
         drawn = [asdict(source) for source in self.drawn]
         return {
             "tokenized_path": str(self.path),
+            "block_size": self.block_size,
             "blocks": self.blocks,
             "mix": drawn,
             "heldout_blocks": self.held_out,

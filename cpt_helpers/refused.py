@@ -26,6 +26,12 @@ _UNUSABLE: dict[str, tuple[str, str, str]] = {
         "",
         "leave it out: the best checkpoint is kept, and step 6 exports it",
     ),
+    "auto_find_batch_size": (
+        "auto_find_batch_size halves the micro-batch when memory runs out, and with it the global "
+        "batch",
+        "the global batch of the recipe",
+        "leave it out; `plan` computes a micro-batch that fits",
+    ),
     "ray_storage_filesystem": (
         "ray_storage_filesystem is ignored: a run is written to the storage folder",
         "a folder that every node sees",

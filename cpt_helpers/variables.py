@@ -24,6 +24,10 @@ def worker_environment(args: dict[str, Any]) -> dict[str, str]:
     """
     own = {name: value for name, value in os.environ.items() if name.startswith(("HF_", "AWS_"))}
     variables = worker_variables(args) | own
+    from huggingface_hub import get_token
+
+    if token := get_token():  # that of `huggingface-cli login` is in a file of this machine
+        variables.setdefault("HF_TOKEN", token)
     return {name: value for name, value in variables.items() if not name.startswith(OF_MLFLOW)}
 
 

@@ -245,7 +245,9 @@ def test_groups_that_differ_in_nothing_are_one() -> None:
         {"params": [3], "weight_decay": 0.1, "lr": 2.0},
     ]
     optimizer = SimpleNamespace(param_groups=groups)
-    worker.merge_groups(optimizer)
+    from cpt_helpers.trainer import merge_groups
+
+    merge_groups(optimizer)
     assert [group["params"] for group in optimizer.param_groups] == [[1, 2], [3]]
 
 
@@ -263,6 +265,48 @@ def test_which_failures_are_tried_again(tmp_path: Path) -> None:
     assert not Cause([log]).hopeless("", trained=False)
     log.write_text("--- rank 0, now, pid 1\nOSError: [Errno 28] No space left on device\n")
     assert Cause([log]).hopeless("", trained=True)
+
+
+def test_the_rank_that_died_is_the_cause_and_not_the_one_that_noticed(run: Run) -> None:
+    from cpt_helpers.failures import cause_of, readable
+
+    run.logs.mkdir(parents=True)
+    old = "--- rank 1, attempt aa.0, now, pid 1\nValueError: of an earlier launch\n"
+    (run.logs / "rank-0.log").write_text(
+        "--- rank 0, attempt aa.1, now, pid 1\n"
+        "torch.distributed.DistBackendError: NCCL error in: ProcessGroupNCCL.cpp:3690\n"
+        "ncclRemoteError: A call failed possibly due to a network error or a remote process "
+        "exiting prematurely.\n"
+    )
+    (run.logs / "rank-1.log").write_text(old + "--- rank 1, attempt aa.1, now, pid 2\n")
+    (run.logs / "rank-2.log").write_text(old.replace("rank 1", "rank 2"))
+    cause = cause_of(run, "aa.1")
+    assert cause.sentence.startswith("rank 1 exited without an error message")
+    assert not cause.hopeless("", trained=False), "a rank lost while it loads is tried again"
+    assert "rank 1 exited" in str(readable(run, "", ["aa.0", "aa.1"]))
+
+
+@pytest.mark.parametrize("name", ["DivergedError", "WeightsError"])
+def test_what_a_restart_would_repeat_is_not_tried_again(run: Run, name: str) -> None:
+    from cpt_helpers import errors
+    from cpt_helpers.failures import cause_of, readable
+
+    run.logs.mkdir(parents=True)
+    said = f"cpt_helpers.errors.{name}: the training cannot be used\n"
+    (run.logs / "rank-0.log").write_text(f"--- rank 0, attempt aa.0, now, pid 1\n{said}")
+    assert cause_of(run, "aa.0").hopeless("", trained=True)
+    if name == "DivergedError":
+        note(run, {"event": "start", "step": 0, "time": 1.0, "attempt": "aa.0"})
+        diverged = {"event": "diverged", "step": 7, "time": 2.0, "attempt": "aa.0"}
+        note(run, diverged | {"rank": 1, "reason": "the loss is nan"})
+        write(run, 0, 5)
+        write(run, 1, 7)
+    error = readable(run, "", ["aa.0"])
+    assert type(error) is getattr(errors, name)
+    if name == "DivergedError":
+        assert "at step 7, on rank 1: the loss is nan" in str(error)
+        assert "last good checkpoint: step 5" in str(error)
+        assert run.state == "started"
 
 
 def test_too_little_room_is_refused_with_both_numbers(run: Run) -> None:

@@ -46,7 +46,7 @@ def test_every_recipe_passes_llamafactorys_parser(tmp_path: Path) -> None:
 import json, os, yaml
 os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
                   MASTER_PORT="29512", DS_ACCELERATOR="cpu", USE_RAY="1")
-from cpt_helpers.worker import join_cpu_group
+from cpt_helpers.patches import join_cpu_group
 join_cpu_group()
 from llamafactory.hparams import get_ray_args, get_train_args
 found = {{}}

@@ -89,6 +89,7 @@ def refused(run: Run, tiny: Path, overrides: dict) -> str:
         ({"neat_packing": True}, "LLaMA-Factory refuses the recipe"),
         ({"model_name_or_path": "<your_model>"}, "a placeholder was left in, <your_model>"),
         ({"eval_dataset": "nowhere"}, "unknown dataset 'nowhere'"),
+        ({"auto_find_batch_size": True}, "halves the micro-batch when memory runs out"),
         ({"save_on_each_node": True}, "would write the same files on shared storage"),
         ({"save_only_model": True}, "leaves nothing to resume from"),
         ({"ray_storage_filesystem": "s3"}, "ray_storage_filesystem is ignored"),
