@@ -2,7 +2,7 @@
 
 Makes corpora of 10 MB, 100 MB and 1 GB out of real sentences (docstrings of the installed packages,
 and news), plants exact and near duplicates and broken lines among them, and prepares each in a
-process of its own. Writes ``benchmarks/results/data.json``.
+process of its own. Writes ``benchmarks/results/corpora.json``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EXACT, NEAR, BROKEN = 0.02, 0.02, 0.001  # shares of the documents
 
 
 def sentences() -> list[str]:
-    from cpt_helpers import assets
+    from cpt_helpers.setup import assets
 
     texts = assets.news()
     for package in PACKAGES:
@@ -38,7 +38,7 @@ def sentences() -> list[str]:
 
 def make(path: Path, megabytes: float, pool: list[str], seed: int) -> dict[str, Any]:
     """Writes a corpus; returns what was planted, near duplicates with what they are like."""
-    from cpt_helpers.cleaning import shingles
+    from cpt_helpers.data.cleaning import shingles
 
     rng = random.Random(seed)
     size, planted = 0, {"exact": 0, "near": [], "broken": 0, "documents": 0}
@@ -78,7 +78,7 @@ def measured(work: Path, corpus: Path) -> dict[str, Any]:
     code = (
         "import sys\nfrom pathlib import Path\nfrom cpt_helpers import data\n"
         "if __name__ == '__main__':\n"
-        "    data.prepare(sys.argv[1], Path(sys.argv[2]), tolerate=0.01, fraction=0.01)\n"
+        "    corpora.prepare(sys.argv[1], Path(sys.argv[2]), tolerate=0.01, fraction=0.01)\n"
     )
     script = work / "prepare.py"
     script.write_text(code)
@@ -99,13 +99,13 @@ def measured(work: Path, corpus: Path) -> dict[str, Any]:
 
 def found(work: Path, name: str, planted: dict[str, Any]) -> dict[str, Any]:
     """What of the planted was found, and how many clean documents went with it."""
-    from cpt_helpers import data
+    from cpt_helpers.data import corpora
 
-    corpus = data.load(name, work / "storage")
+    corpus = corpora.load(name, work / "storage")
     kept: set[int] = set()
     documents = 0
     for half in (corpus.train, corpus.heldout):
-        for text in data.texts_of(half):
+        for text in corpora.texts_of(half):
             kept.add(hash(text))
             documents += 1
     near = [(hash(like) in kept, hash(copy) in kept) for like, copy in planted["near"]]
@@ -124,11 +124,12 @@ def found(work: Path, name: str, planted: dict[str, Any]) -> dict[str, Any]:
 
 def tokenising(work: Path, name: str, model: str, repeats: int = 3) -> dict[str, Any]:
     """Tokens a second onto the storage, beside what `tokenizers` alone does on the same text."""
-    from cpt_helpers import assets, data, packing
+    from cpt_helpers.data import corpora, packing
+    from cpt_helpers.setup import assets
 
-    corpus = data.load(name, work / "storage")
+    corpus = corpora.load(name, work / "storage")
     tokenizer = assets.tokenizer_of(model)
-    texts = list(data.texts_of(corpus.train))[:40_000]
+    texts = list(corpora.texts_of(corpus.train))[:40_000]
     alone, ours = [], []
     for number in range(repeats):  # turn by turn, so that drift falls on both
         since = time.monotonic()
@@ -153,8 +154,8 @@ def main() -> None:
     parser.add_argument("--storage", default="", help="where the model is")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
-    from cpt_helpers import assets, environment
     from cpt_helpers.run import storage_root
+    from cpt_helpers.setup import assets, environment
 
     pool, rows, speed = sentences(), [], {}
     model = str(assets.model("SmolLM2-135M-Instruct", storage_root(given.storage)))

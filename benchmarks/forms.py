@@ -18,6 +18,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from cpt_helpers.export import evaluation
+
 RESULTS = Path(__file__).parent / "results"
 PROMPT = "ray.train.torch.TorchTrainer\n\nA Trainer for data parallel PyTorch training."
 
@@ -26,11 +28,13 @@ def measure(folder: Path, storage: Path, corpus: str, block: int, new: int) -> d
     """Size, perplexity and speed of one form; in a process of its own, for its memory."""
     import torch
 
-    from cpt_helpers import data, models, quantize
+    from cpt_helpers.data import corpora
+    from cpt_helpers.export import quantization
+    from cpt_helpers.setup import models
 
     model, tokenizer = models.load(folder)
-    texts = data.texts_of(data.load(corpus, storage).heldout)
-    perplexity = models.perplexity(model, tokenizer, texts, block)
+    texts = corpora.texts_of(corpora.load(corpus, storage).heldout)
+    perplexity = evaluation.perplexity(model, tokenizer, texts, block)
     ids = tokenizer(PROMPT, return_tensors="pt").to(model.device)
     ids.pop("token_type_ids", None)
     speeds = []
@@ -40,7 +44,7 @@ def measure(folder: Path, storage: Path, corpus: str, block: int, new: int) -> d
             model.generate(**ids, max_new_tokens=new, min_new_tokens=new, do_sample=False)
         speeds.append(new / (time.monotonic() - start))
     return {
-        "bytes": quantize.size_of(folder),
+        "bytes": quantization.size_of(folder),
         "weights": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         "perplexity": round(perplexity, 3),
         "tokens_per_second": round(max(speeds), 1),
@@ -64,16 +68,18 @@ def main() -> None:
     if given.measure:
         print(json.dumps(measure(given.measure, storage, given.corpus, given.block, given.new)))
         return
-    from cpt_helpers import data, environment, quantize
+    from cpt_helpers.data import corpora
+    from cpt_helpers.export import quantization
+    from cpt_helpers.setup import environment
 
-    corpus, rows = data.load(given.corpus, storage), []
+    corpus, rows = corpora.load(given.corpus, storage), []
     with tempfile.TemporaryDirectory() as scratch:
-        for form in ("full", *quantize.SCHEMES):
+        for form in ("full", *quantization.SCHEMES):
             folder, start = given.model, time.monotonic()
             if form != "full":
                 folder = Path(scratch) / form
-                texts = data.texts_of(corpus.train) if form == "W4A16" else None
-                quantize.quantize(
+                texts = corpora.texts_of(corpus.train) if form == "W4A16" else None
+                quantization.quantize(
                     given.model, folder, form, texts, samples=given.samples, block_size=given.block
                 )
             seconds = round(time.monotonic() - start, 1)

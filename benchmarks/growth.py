@@ -17,6 +17,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from cpt_helpers import recipes
+
 RESULTS = Path(__file__).parent / "results"
 STEPS, TOKENS = 7, 2048  # optimizer steps, of which the last four count; tokens in each
 SIZES = ("3M", "30M", "135M")
@@ -41,7 +43,7 @@ def model_of(size: str, default: Path, storage: Path) -> Path:
         return default
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from cpt_helpers import assets
+    from cpt_helpers.setup import assets
 
     folder = storage / "models" / f"growth-{size}"
     if not (folder / "config.json").is_file():
@@ -59,8 +61,9 @@ def model_of(size: str, default: Path, storage: Path) -> Path:
 
 
 def measured(case: dict[str, Any], default: Path, storage: Path) -> dict[str, Any]:
-    from cpt_helpers import config, launch, pipeline
+    from cpt_helpers import pipeline
     from cpt_helpers.run import Run
+    from cpt_helpers.train import launch
 
     run = Run.open(f"growth-{case['model']}-{case['workers']}-{case['length']}", storage)
     shutil.rmtree(run.folder, ignore_errors=True)
@@ -77,7 +80,7 @@ def measured(case: dict[str, Any], default: Path, storage: Path) -> dict[str, An
         "report_to": "none",
     }
     pipeline.configure(run, "cpt_cpu.yaml", "", overrides)
-    launch.train(run, config.load(run))
+    launch.train(run, recipes.load(run))
     events = run.events()
     steps = [event for event in events if event["event"] == "step"]
     start = events[0]
@@ -181,11 +184,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--storage", default="", help="where the runs lie")
     given = parser.parse_args()
-    from cpt_helpers import assets, config, environment
     from cpt_helpers.run import storage_root
+    from cpt_helpers.setup import assets, environment
 
     storage = storage_root(given.storage)
-    default = assets.obtain(config.model_of("cpt_cpu.yaml", {}, storage), storage)
+    default = assets.obtain(recipes.model_of("cpt_cpu.yaml", {}, storage), storage)
     rows = []
     with environment.cluster():
         for case in cases():

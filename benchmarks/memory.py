@@ -13,6 +13,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from cpt_helpers import recipes
+
 RESULTS = Path(__file__).parent / "results"
 KINDS: dict[str, dict[str, Any]] = {
     "full": {"finetuning_type": "full"},
@@ -24,8 +26,11 @@ STEPS = 3
 
 def measured(storage: Path, name: str, model: str, stage: int, kind: str) -> dict[str, Any]:
     """One training; a run that is there already is taken as it is."""
-    from cpt_helpers import assets, config, data, launch, memory, mixing
+    from cpt_helpers.config import memory, resolution
+    from cpt_helpers.data import corpora, mixing
     from cpt_helpers.run import Run
+    from cpt_helpers.setup import assets
+    from cpt_helpers.train import launch
 
     run = Run.open(f"memory-{name}-z{stage}-{kind}", storage)
     overrides = KINDS[kind] | {
@@ -37,13 +42,13 @@ def measured(storage: Path, name: str, model: str, stage: int, kind: str) -> dic
         "save_strategy": "no",
         "report_to": "none",
     }
-    domain, general = data.prepare("ray_docs", storage), data.prepare("news", storage)
-    recipe = config.read_recipe("cpt_cpu.yaml")[1] | overrides
+    domain, general = corpora.prepare("ray_docs", storage), corpora.prepare("news", storage)
+    recipe = recipes.read_recipe("cpt_cpu.yaml")[1] | overrides
     tokenizer = assets.tokenizer_of(model)
     made = mixing.for_recipe(recipe, [(domain, 1.0)], [domain, general], tokenizer)
-    resolved = config.resolve(run, "cpt_cpu.yaml", overrides, domain.name, str(made.path))
-    config.write(run, resolved)
-    args = config.load(run)
+    resolved = resolution.resolve(run, "cpt_cpu.yaml", overrides, domain.name, str(made.path))
+    resolution.write(run, resolved)
+    args = recipes.load(run)
     launch.train(run, args)
     events = run.events()
     start, last, end = events[0], events[-2], events[-1]
@@ -65,14 +70,15 @@ def main() -> None:
     parser.add_argument("--storage", default="", help="where the runs lie")
     parser.add_argument("--only", default="", help="a part of a row's name, such as tiny or z3")
     given = parser.parse_args()
-    from cpt_helpers import assets, config, environment, survival
     from cpt_helpers.run import storage_root
+    from cpt_helpers.setup import assets, environment
+    from cpt_helpers.train import fault_demo
 
     storage = storage_root(given.storage)
-    default = assets.obtain(config.model_of("cpt_cpu.yaml", {}, storage), storage)
+    default = assets.obtain(recipes.model_of("cpt_cpu.yaml", {}, storage), storage)
     tiny = storage / "models" / "tiny"
     if not (tiny / "config.json").is_file():
-        survival.small_model(str(default), tiny)
+        fault_demo.small_model(str(default), tiny)
     rows = []
     with environment.cluster():
         for name, model in (("tiny", tiny), ("default", default)):

@@ -13,21 +13,25 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from cpt_helpers import recipes
+
 RESULTS = Path(__file__).parent / "results"
 RECIPES = {"full": "cpt_cpu.yaml", "freeze": "cpt_cpu_freeze.yaml", "lora": "cpt_cpu_lora.yaml"}
 
 
 def trained(kind: str, storage: Path, steps: int | None) -> dict[str, Any]:
     """One method's training, as a row."""
-    from cpt_helpers import checkpoints, config, curves, launch, pipeline
+    from cpt_helpers import pipeline, plots
+    from cpt_helpers.checkpoints import manifests
     from cpt_helpers.run import Run
+    from cpt_helpers.train import launch
 
     run = Run.open(f"methods-{kind}", storage)
     overrides: dict[str, Any] = {"report_to": "none"}
     if steps:
         overrides |= {"max_steps": steps, "save_steps": steps, "eval_steps": steps}
     pipeline.configure(run, RECIPES[kind], "", overrides)
-    args = config.load(run)
+    args = recipes.load(run)
     train = launch.train(run, args)
     return {
         "method": kind,
@@ -35,11 +39,11 @@ def trained(kind: str, storage: Path, steps: int | None) -> dict[str, Any]:
         "trained": train["parameters"]["trained"],
         "parameters": train["parameters"]["all"],
         "tokens": train["tokens"],
-        "perplexity": curves.perplexities(run, config.held_out_of(args)),
+        "perplexity": plots.perplexities(run, args.held_out),
         "seconds": train["seconds"],
         "tokens_per_second": train["tokens_per_second"],
         "peak_memory": train["peak_memory"],
-        "checkpoint": checkpoints.latest(run).bytes,
+        "checkpoint": manifests.latest(run).bytes,
     }
 
 
@@ -48,8 +52,8 @@ def main() -> None:
     parser.add_argument("--storage", default="", help="where the runs lie")
     parser.add_argument("--steps", type=int, help="another number of steps than the recipes'")
     given = parser.parse_args()
-    from cpt_helpers import environment
     from cpt_helpers.run import storage_root
+    from cpt_helpers.setup import environment
 
     storage = storage_root(given.storage)
     rows = []

@@ -15,13 +15,16 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from cpt_helpers import recipes
+from cpt_helpers.export import evaluation
+
 RESULTS = Path(__file__).parent / "results"
 SHARES = (0.0, 0.05, 0.25)
 
 
 def reviews() -> list[str]:
     """Film reviews from gensim's test data: general text of another kind than the news."""
-    from cpt_helpers import assets
+    from cpt_helpers.setup import assets
 
     members = {
         "pang_lee_polarity.cor": "662c1b7c3bd0612eaaaf3f0c694cbd3897e30c0d87d2940b46c9fd0d15ed70c1",
@@ -43,31 +46,34 @@ def _text(path: Path) -> str:
 
 
 def measure(folder: Path | str, sets: dict[str, list[str]], block: int) -> dict[str, float]:
-    from cpt_helpers import models
+    from cpt_helpers.setup import models
 
     model, tokenizer = models.load(folder, dtype="float32")
-    return {n: round(models.perplexity(model, tokenizer, t, block), 3) for n, t in sets.items()}
+    return {n: round(evaluation.perplexity(model, tokenizer, t, block), 3) for n, t in sets.items()}
 
 
 def trained(share: float, storage: Path, steps: int | None) -> tuple[Path, dict[str, Any]]:
     """Trains one share; a run that is there already is taken as it is."""
-    from cpt_helpers import assets, config, data, launch, mixing
+    from cpt_helpers.config import resolution
+    from cpt_helpers.data import corpora, mixing
     from cpt_helpers.run import Run
+    from cpt_helpers.setup import assets
+    from cpt_helpers.train import launch
 
     run = Run.open(f"replay-{share:.0%}".replace("%", ""), storage)
     overrides: dict[str, Any] = {"eval_strategy": "no", "eval_on_start": False}
     overrides |= {"save_strategy": "no", "report_to": "none"}
     if steps:
         overrides["max_steps"] = steps
-    recipe = config.read_recipe("cpt_cpu.yaml")[1] | overrides
-    model = assets.obtain(config.model_of("cpt_cpu.yaml", overrides, storage), storage)
+    recipe = recipes.read_recipe("cpt_cpu.yaml")[1] | overrides
+    model = assets.obtain(recipes.model_of("cpt_cpu.yaml", overrides, storage), storage)
     weights = mixing.weights("ray_docs", {"news": share} if share else {})
-    sources = [(data.prepare(name, storage), weight) for name, weight in weights.items()]
-    measured = [data.load("ray_docs", storage), data.prepare("news", storage)]
+    sources = [(corpora.prepare(name, storage), weight) for name, weight in weights.items()]
+    measured = [corpora.load("ray_docs", storage), corpora.prepare("news", storage)]
     mix = mixing.for_recipe(recipe, sources, measured, assets.tokenizer_of(model))
     names = ",".join(corpus.name for corpus, _ in sources)
-    config.write(run, config.resolve(run, "cpt_cpu.yaml", overrides, names, str(mix.path)))
-    train = launch.train(run, config.load(run))
+    resolution.write(run, resolution.resolve(run, "cpt_cpu.yaml", overrides, names, str(mix.path)))
+    train = launch.train(run, recipes.load(run))
     return run.output, {"tokens": train["tokens"], "seconds": train["seconds"]}
 
 
@@ -76,20 +82,21 @@ def main() -> None:
     parser.add_argument("--storage", default="", help="where the runs lie")
     parser.add_argument("--steps", type=int, help="another number of steps than the recipe's")
     given = parser.parse_args()
-    from cpt_helpers import config, data, environment
+    from cpt_helpers.data import corpora
     from cpt_helpers.run import storage_root
+    from cpt_helpers.setup import environment
 
     storage = storage_root(given.storage)
     rows = []
     for share in SHARES:
         folder, facts = trained(share, storage, given.steps)
         sets = {
-            name: list(data.texts_of(data.load(name, storage).heldout))
+            name: list(corpora.texts_of(corpora.load(name, storage).heldout))
             for name in ("ray_docs", "news")
         } | {"reviews": reviews()}
-        block = config.read_recipe("cpt_cpu.yaml")[1]["cutoff_len"]
+        block = recipes.read_recipe("cpt_cpu.yaml")[1]["cutoff_len"]
         if not rows:
-            model = config.model_of("cpt_cpu.yaml", {}, storage)
+            model = recipes.model_of("cpt_cpu.yaml", {}, storage)
             rows.append({"replay": "before", "perplexity": measure(model, sets, block)})
         rows.append({"replay": share, **facts, "perplexity": measure(folder, sets, block)})
         print(json.dumps(rows[-1]), flush=True)

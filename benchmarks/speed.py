@@ -26,6 +26,8 @@ from typing import Any
 import psutil
 import yaml
 
+from cpt_helpers import recipes
+
 RESULTS = Path(__file__).parent / "results"
 STEPS, STEADY = 6, 3  # optimizer steps of a turn; the first ones touch memory and trace the model
 WORKERS = 2
@@ -53,22 +55,23 @@ NAMES = {
 
 def through_ray(kind: str, turn: int, storage: Path) -> dict[str, Any]:
     """A training by our own launch: the guide's settings or the recipe's."""
-    from cpt_helpers import config, launch, pipeline
+    from cpt_helpers import pipeline
     from cpt_helpers.run import Run
+    from cpt_helpers.train import launch
 
     run = Run.open(f"bench-{kind}-{turn}", storage)
     shutil.rmtree(run.folder, ignore_errors=True)
-    recipe = config.read_recipe("cpt_cpu.yaml")[1]
+    recipe = recipes.read_recipe("cpt_cpu.yaml")[1]
     own: dict[str, Any] = {}
     if kind == "guide":
         blocks = recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"]
-        settings = json.loads((config.DEEPSPEED_CONFIGS / "ds_z3_config.json").read_text())
+        settings = json.loads((recipes.DEEPSPEED_CONFIGS / "ds_z3_config.json").read_text())
         settings["zero_optimization"]["reduce_bucket_size"] = "auto"
         file = storage / "bench-guide-ds.json"
         file.write_text(json.dumps(settings, indent=2))
         own = GUIDE | {"gradient_accumulation_steps": blocks, "deepspeed": str(file)}
     pipeline.configure(run, "cpt_cpu.yaml", "", SHORT | own)
-    args = config.load(run)
+    args = recipes.load(run)
     called = time.time()
     launch.train(run, args)
     events = run.events()
@@ -107,7 +110,7 @@ def plain_copy(folder: Path) -> dict[str, float]:
 
 def _alone(command: list[str], own: dict[str, str], log: Path, watch: Any) -> int:
     """Runs a command to its end, calling ``watch`` ten times a second; most memory of a process."""
-    from cpt_helpers import environment
+    from cpt_helpers.setup import environment
 
     most = 0
     with log.open("wb") as out:
@@ -181,13 +184,13 @@ def plain(turn: int, storage: Path) -> dict[str, Any]:
 
 def recipe_for_others(storage: Path) -> tuple[dict[str, Any], Path]:
     """Our recipe, as LLaMA-Factory takes it without Ray and DeepSpeed; and a folder for it."""
-    from cpt_helpers import config, pipeline
+    from cpt_helpers import pipeline
     from cpt_helpers.run import Run
 
     run = Run.open("bench-others", storage)
     shutil.rmtree(run.folder, ignore_errors=True)
     pipeline.configure(run, "cpt_cpu.yaml", "", SHORT)
-    args = config.load(run)
+    args = recipes.load(run)
     other = {"deepspeed", "resources_per_worker", "eval_dataset", "eval_on_each_dataset"}
     args = {k: v for k, v in args.items() if k not in other and not k.startswith("ray_")}
     args["tokenized_path"] = str(training_only(Path(args["tokenized_path"]), run.folder))
@@ -312,12 +315,12 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=2)
     given = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns of every fork
-    from cpt_helpers import config, environment
     from cpt_helpers.run import storage_root
+    from cpt_helpers.setup import environment
 
     storage = storage_root(given.storage)
     args, _ = recipe_for_others(storage)
-    tokens = config.global_batch(args | {"ray_num_workers": WORKERS}) * args["cutoff_len"]
+    tokens = args | {"ray_num_workers": WORKERS}.global_batch * args["cutoff_len"]
     turns: list[dict[str, Any]] = []
     for turn in range(given.turns):
         kinds = list(NAMES) if turn % 2 == 0 else list(reversed(NAMES))

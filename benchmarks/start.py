@@ -17,6 +17,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from cpt_helpers import recipes
+
 RESULTS = Path(__file__).parent / "results"
 ONE_STEP = {
     "max_steps": 1,
@@ -35,13 +37,14 @@ PARTS = {
 
 def measured(storage: Path) -> dict[str, float]:
     """Seconds from the call to each of the parts' ends."""
-    from cpt_helpers import config, launch, pipeline
+    from cpt_helpers import pipeline
     from cpt_helpers.run import Run
+    from cpt_helpers.train import launch
 
     run = Run.open("bench-start", storage)
     shutil.rmtree(run.folder, ignore_errors=True)
     pipeline.configure(run, "cpt_cpu.yaml", "", ONE_STEP)
-    args = config.load(run)
+    args = recipes.load(run)
     threading.Thread(target=_timeline, args=[run], daemon=True).start()
     called = time.time()
     launch.train(run, args)
@@ -86,8 +89,8 @@ def main() -> None:
     parser.add_argument("--storage", default="", help="where the run lies")
     parser.add_argument("--turns", type=int, default=3)
     given = parser.parse_args()
-    from cpt_helpers import environment
     from cpt_helpers.run import storage_root
+    from cpt_helpers.setup import environment
 
     storage = storage_root(given.storage)
     RESULTS.mkdir(exist_ok=True)

@@ -13,6 +13,8 @@ import sys
 from datetime import date
 from pathlib import Path
 
+from cpt_helpers import recipes
+
 RESULTS = Path(__file__).parent / "results"
 WORKERS, STEPS = 2, 6
 
@@ -21,7 +23,7 @@ def rank() -> None:
     """One process of the training."""
     import yaml
 
-    from cpt_helpers import patches
+    from cpt_helpers.train import patches
 
     patches.join_cpu_group()
     patches.correct_deepspeed(1800)
@@ -46,7 +48,7 @@ def rank() -> None:
                 self.profile.export_chrome_trace(str(RESULTS / "step.trace.json"))
 
     args = yaml.safe_load(Path(sys.argv[1]).read_text("utf-8"))
-    from cpt_helpers.trainer import use_own_trainer
+    from cpt_helpers.train.trainer import use_own_trainer
 
     use_own_trainer()
     _training_function({"args": args, "callbacks": [Profiled()]})
@@ -56,13 +58,13 @@ def main() -> None:
     import yaml
     from speed import recipe_for_others
 
-    from cpt_helpers import config, environment
     from cpt_helpers.run import storage_root
+    from cpt_helpers.setup import environment
 
     storage = storage_root("")
     args, folder = recipe_for_others(storage)
     args |= {"max_steps": STEPS, "output_dir": str(folder / "output")}
-    args["deepspeed"] = str(config.DEEPSPEED_CONFIGS / "ds_z3_config.json")
+    args["deepspeed"] = str(recipes.DEEPSPEED_CONFIGS / "ds_z3_config.json")
     file = folder / "profiled.yaml"
     file.write_text(yaml.safe_dump(args), "utf-8")
     own = {

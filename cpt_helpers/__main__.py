@@ -46,12 +46,13 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; a problem the reader can act on ends in its message and exit code 1."""
     arguments = parser().parse_args(argv)
-    from . import pipeline, rehearsal
+    from . import pipeline
+    from .config import dry_run
 
     try:
         if getattr(arguments, "dry_run", False):
-            return rehearsal.dry_run(arguments)
-        commands = {"run": pipeline.main, "train": pipeline.train, "plan": rehearsal.plan}
+            return dry_run.dry_run(arguments)
+        commands = {"run": pipeline.main, "train": pipeline.train, "plan": pipeline.plan}
         return commands[arguments.command](arguments)
     except CptError as error:
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr)

@@ -12,9 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-from .assets import sha256
 from .errors import CptError
 from .run import LAB, PROJECT, storage_root, write_json
+from .setup.assets import sha256
 
 _MADE_FROM = ".sources.json"  # beside the copies: the sha256 of the source each was made from
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .checks import has_token
-from .config import MAY_CHANGE
 from .errors import ParameterError, RunExistsError, StepError, nearest
+from .recipes import MAY_CHANGE
+from .redact import has_token
 from .run import Run
 
 # These decide what a run trains; the rest of the parameters only decide what is shown.

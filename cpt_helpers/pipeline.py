@@ -11,13 +11,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import assets, config, environment, launch, planning, show, tracking, training_data
+from . import display, recipes
+from .config import dry_run, planning, resolution
+from .data import preparation
 from .errors import ParameterError, RunExistsError, StepError
 from .notebook import as_overrides, defining_parameters, refuse_other_settings
+from .recipes import DEFAULT_RECIPE
 from .run import PROJECT, STEPS, Run
+from .setup import assets, environment
+from .train import launch, tracking
 
-DEFAULT_RECIPE = "cpt_cpu.yaml"
 NOTEBOOKS = PROJECT / "notebooks"
+_PROBE = {"save_strategy": "no", "eval_strategy": "no", "eval_on_start": False, "report_to": "none"}
 
 
 def run_all(run: Run, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -51,7 +56,7 @@ def run_all(run: Run, parameters: dict[str, Any]) -> dict[str, Any]:
     given = {"RUN_NAME": run.name, "STORAGE": str(run.storage), **parameters}
     if "TRAIN_CONFIG" in given or given.get("OVERRIDES"):  # ours has none mistyped
         recipe = given.get("TRAIN_CONFIG", DEFAULT_RECIPE)
-        config.check_keys(recipe, as_overrides(given.get("OVERRIDES", {})))
+        resolution.check_keys(recipe, as_overrides(given.get("OVERRIDES", {})))
     for step, own in declared.items():  # before the copies of an earlier run are replaced
         values = {name: ast.literal_eval(parameter["default"]) for name, parameter in own.items()}
         values |= {name: value for name, value in given.items() if name in own}
@@ -134,13 +139,42 @@ def configure(run: Run, train_config: str, corpus: str, overrides: dict[str, Any
         ConfigError: The recipe cannot be used, or the corpus lasts fewer steps than it asks for.
         DataError: A corpus cannot be used.
     """
-    config.check_keys(train_config, overrides)
-    model = assets.obtain(config.model_of(train_config, overrides, run.storage), run.storage)
-    chosen = training_data.prepare(train_config, overrides, run.storage, corpus=corpus)
+    resolution.check_keys(train_config, overrides)
+    model = assets.obtain(recipes.model_of(train_config, overrides, run.storage), run.storage)
+    chosen = preparation.prepare(train_config, overrides, run.storage, corpus=corpus)
     made = chosen.blocks(assets.tokenizer_of(model))
-    resolved = config.resolve(run, train_config, overrides, chosen.datasets, str(made.path))
+    resolved = resolution.resolve(run, train_config, overrides, chosen.datasets, str(made.path))
     planning.plan(resolved.args, made.blocks, sum(source.dropped for source in made.drawn))
-    config.write(run, resolved)
+    resolution.write(run, resolved)
+
+
+def plan(arguments: Any) -> int:
+    """``python -m cpt_helpers plan``: the plan of a recipe, with a measured speed where asked."""
+    speed = arguments.tokens_per_second
+    if arguments.probe:
+        recipe = arguments.recipe or arguments.config or DEFAULT_RECIPE
+        run = Run.open(arguments.run, arguments.storage)
+        overrides = as_overrides(arguments.overrides)
+        speed = probe(run, recipe, overrides, arguments.corpus, arguments.probe)
+    return dry_run.plan(arguments, speed)
+
+
+def probe(run: Run, recipe: str, overrides: dict[str, Any], corpus: str, steps: int) -> float:
+    """Trains a few steps of a recipe beside the run, and measures its speed.
+
+    Returns:
+        Tokens a second over all workers, the median of the steps.
+    """
+    beside = Run.open(f"{run.name}-probe-{steps}", run.storage)
+    configure(beside, recipe, corpus, overrides | _PROBE | {"max_steps": steps})
+    trained = launch.train(beside, recipes.load(beside))
+    seen = max(event["memory"] for event in beside.events() if event["event"] == "step")
+    print(
+        f"probe: {steps} steps, {trained['tokens_per_second']:.0f} tokens/s, "
+        f"{seen / 2**30:.2f} GiB at the peak of rank 0, "
+        f"{trained['seconds_to_first_step']:.0f} s to the first step\n"
+    )
+    return trained["tokens_per_second"]
 
 
 def train(arguments: Any) -> int:
@@ -165,7 +199,7 @@ def train(arguments: Any) -> int:
             do="add --resume, or choose another --run",
         )
     trained = launch.train(
-        run, config.load(run), retries=arguments.retries, workers=arguments.workers
+        run, recipes.load(run), retries=arguments.retries, workers=arguments.workers
     )
     print(
         f"trained: {trained['steps']} steps, {trained['tokens']:,} tokens, "
@@ -231,7 +265,7 @@ class _bar:
     def _training_line(self) -> str:
         if self.training is None or not self.training.events():
             return ""
-        step, steps, line = show.progress(self.training)
+        step, steps, line = display.progress(self.training)
         return f"step {step}/{steps}: {line}"
 
 

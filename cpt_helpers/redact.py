@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from typing import Any
 
 # Tokens by their prefix (hf_hub_token is a key, no token), and ``user:password@`` of a URI, in
 # which RFC 3986 allows no "/" or "@".
@@ -23,3 +25,20 @@ def redact(text: object) -> str:
         text: A URI, or text that may quote one, such as an exception of ``requests``.
     """
     return _QUERY.sub(r"\1***", SECRET.sub("***", _USER.sub("***", str(text))))
+
+
+def has_token(value: Any) -> bool:
+    """Whether something in a value looks like an access token."""
+    return any(SECRET.search(text) for _, text in strings(value))
+
+
+def strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every string in nested values, with its dotted key."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from strings(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from strings(inner, key)

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -146,6 +147,12 @@ class Run:
             return "new"
         return "complete" if events[-1]["event"] == "end" else "started"
 
+    def checkpoint_bytes(self) -> int:
+        """Bytes of its checkpoints, finished or not; a resumed run has that room already."""
+        folders = [*self.folder.glob("TorchTrainer_*/checkpoint_*")]
+        folders += self.output.glob("checkpoint-*")
+        return sum(f.stat().st_size for p in folders for f in p.rglob("*") if f.is_file())
+
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Keeps the run to this process while the block runs: two trainings would mix.
@@ -250,3 +257,25 @@ def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
             _merge(into[key], value)
         else:
             into[key] = json.loads(json.dumps(value))
+
+
+class in_one_piece:
+    """A folder that is there whole or not at all."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> Path:
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self.new = Path(
+            tempfile.mkdtemp(dir=self.folder.parent, prefix=f".{self.folder.name[:40]}.")
+        )
+        return self.new
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        try:
+            if kind is None and not self.folder.exists():
+                self.new.chmod(0o755)
+                self.new.rename(self.folder)
+        finally:
+            shutil.rmtree(self.new, ignore_errors=True)

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from nodes import free_port
 
-from cpt_helpers import assets
+from cpt_helpers import recipes
+from cpt_helpers.setup import assets
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["CXX"] = "/bin/false"  # a bare machine has no compiler: nothing may need one
@@ -93,8 +94,9 @@ def tiny_gemma3(storage: Path, documents: list[str]) -> Path:
 @pytest.fixture(scope="session")
 def train_tiny(storage: Path, corpus: Path, tiny_gemma3: Path):
     """Trains the tiny model for a few steps by a CPU recipe, once: ``train_tiny("lora")``."""
-    from cpt_helpers import config, launch, pipeline
+    from cpt_helpers import pipeline
     from cpt_helpers.run import Run
+    from cpt_helpers.train import launch
 
     def train(kind: str, corpus: str = str(corpus), name: str = "") -> Run:
         run = Run.open(name or f"tiny-{kind}", storage)
@@ -106,7 +108,7 @@ def train_tiny(storage: Path, corpus: Path, tiny_gemma3: Path):
             model = {"model_name_or_path": str(tiny_gemma3), "learning_rate": 5e-3}
             other = {"report_to": "none", "bf16": False}
             pipeline.configure(run, recipe, corpus, model | layers | few | other)
-            launch.train(run, config.load(run))
+            launch.train(run, recipes.load(run))
         return run
 
     return train

@@ -23,11 +23,10 @@ SECONDS = 120  # a job may take
 
 def main() -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
-    import llamafactory.train.tuner  # noqa: F401
-
     import cpt_helpers.callback
     import cpt_helpers.trainer
     import cpt_helpers.worker  # noqa: F401
+    import llamafactory.train.tuner  # noqa: F401
 
     for job in json.loads(Path(sys.argv[1]).read_text("utf-8")):
         since = time.monotonic()
@@ -59,8 +58,9 @@ def _rank(job: dict[str, Any], rank: int, port: int) -> None:
     import torch
     import torch.distributed as dist
 
-    from cpt_helpers import patches, streams, worker
+    from cpt_helpers import redirect
     from cpt_helpers.run import Run
+    from cpt_helpers.train import patches, worker
 
     run = Run(job["run"], Path(job["storage"]))
     run.logs.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def _rank(job: dict[str, Any], rank: int, port: int) -> None:
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
-    with streams.redirected(run.logs / f"rank-{rank}.log"):
+    with redirect.redirected(run.logs / f"rank-{rank}.log"):
         try:
             dist.init_process_group("gloo", timeout=timedelta(seconds=SECONDS))
             for name in job.get("before", ()):
@@ -121,7 +121,7 @@ def lazily() -> None:
 
 def lazily_without_waiting() -> None:
     """The same, with DeepSpeed as it is: it waits for the last of several gathers only."""
-    from cpt_helpers import patches
+    from cpt_helpers.train import patches
 
     lazily()
     patches.wait_for_every_gather = lambda: None
@@ -129,7 +129,7 @@ def lazily_without_waiting() -> None:
 
 def own_checkpoints() -> None:
     """Puts checkpoints where Ray would, without Ray."""
-    from cpt_helpers import callback
+    from cpt_helpers.train import callback
 
     def next_checkpoint(run: Any) -> Path:
         trial = run.folder / "TorchTrainer_forked"

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from cpt_helpers import assets, data, models, packing
+from cpt_helpers.data import corpora, packing
 from cpt_helpers.errors import AssetError
+from cpt_helpers.setup import assets, models
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +88,7 @@ def test_the_ray_documentation() -> None:
 
 
 def test_the_news(storage: Path) -> None:
-    found = data.prepare("news", storage)
+    found = corpora.prepare("news", storage)
     assert found.documents + found.heldout_documents + sum(found.dropped.values()) == 300
     assert json.loads((found.folder / "corpus.json").read_text())["source"] == "news"
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from conftest import python
 
-from cpt_helpers import card
+from cpt_helpers.export import model_card
 from cpt_helpers.run import Run
 
 UNKNOWN = "licence of the base model is not known"
@@ -27,7 +27,7 @@ def written(tmp_path: Path, base: str) -> tuple[dict, str, Path]:
     run.train_yaml.write_text(yaml.safe_dump({"model_name_or_path": base, "dataset": "news"}))
     folder.mkdir(exist_ok=True)
     (folder / "export.json").write_text(json.dumps({"form": "merged"}))
-    text = card.write(run, folder, {"step": 1, "dtype": "float32"}).read_text("utf-8")
+    text = model_card.write(run, folder, {"step": 1, "dtype": "float32"}).read_text("utf-8")
     return yaml.safe_load(text.split("---")[1]), text, folder
 
 
@@ -108,6 +108,7 @@ def hub() -> Iterator[str]:
     ],
 )
 def test_a_model_of_the_hub(hub: str, tmp_path: Path, name: str, offline: str, said: dict) -> None:
-    code = f"import json; from cpt_helpers import card; print(json.dumps(card._license({name!r})))"
+    code = "import json; from cpt_helpers.export.model_card import _license as of; "
+    code += f"print(json.dumps(of({name!r})))"
     own = {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": offline, "HF_HOME": str(tmp_path)}
     assert python(code, **own) == said

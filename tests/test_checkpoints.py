@@ -9,9 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from cpt_helpers import checkpoints, config, planning, preflight, worker
+from cpt_helpers.checkpoints import manifests
+from cpt_helpers.config import planning, preflight, resolution
 from cpt_helpers.errors import CheckpointError, ConfigError, RunExistsError, StorageError
 from cpt_helpers.run import Run
+from cpt_helpers.train import worker
 
 ATTEMPT = "TorchTrainer_ab12c_00000_0_2026-11-22_10-00-00"
 LATER = "TorchTrainer_ff12c_00000_0_2026-11-22_12-00-00"
@@ -36,10 +38,10 @@ def write(run: Run, number: int, step: int, loss: float | None = None, attempt=A
     place = run.folder / attempt / f"checkpoint_{number:06d}"
     files = {}
     for rank in (0, 1):
-        files |= checkpoints.move_own(written, place / "checkpoint", rank)
+        files |= manifests.move_own(written, place / "checkpoint", rank)
     shutil.rmtree(written)
     losses = {} if loss is None else {"d_heldout": loss}
-    checkpoints.write_manifest(place, step, 2, files, losses)
+    manifests.write_manifest(place, step, 2, files, losses)
     return place
 
 
@@ -72,9 +74,7 @@ def test_each_rank_moves_its_own_and_the_manifest_names_all(run: Run) -> None:
     ]
     for name in names:
         (written / name).write_text(name)
-    moved = {
-        rank: set(checkpoints.move_own(written, run.folder / "c", rank)) for rank in (0, 1, 10)
-    }
+    moved = {rank: set(manifests.move_own(written, run.folder / "c", rank)) for rank in (0, 1, 10)}
     assert moved[0] == {"c/model.safetensors", "c/rng_state_0.pth", "c/preprocessor_config.json"}
     assert moved[1] == {f"c/{names[3]}"}
     assert moved[10] == {f"c/{names[2]}", f"c/{names[4]}"}
@@ -89,12 +89,12 @@ def test_from_another_file_system_files_are_copied_once_and_go(run: Run) -> None
     local.mkdir()
     (local / "model.safetensors").write_bytes(b"abc" * 10_000)
     try:
-        moved = checkpoints.move_own(local, run.folder / "c" / "checkpoint", 0)
+        moved = manifests.move_own(local, run.folder / "c" / "checkpoint", 0)
         assert not list(local.iterdir())
     finally:
         shutil.rmtree(local)
-    checkpoints.write_manifest(run.folder / "c", 1, 1, moved, {})
-    assert checkpoints._read(run.folder / "c", deep=True).whole
+    manifests.write_manifest(run.folder / "c", 1, 1, moved, {})
+    assert manifests._read(run.folder / "c", deep=True).whole
 
 
 def test_they_are_listed_in_order_whole_or_broken_and_why(run: Run) -> None:
@@ -103,9 +103,9 @@ def test_they_are_listed_in_order_whole_or_broken_and_why(run: Run) -> None:
     flip(shard(places[5]))
     shard(places[10]).write_bytes(b"short")
     shard(places[15]).unlink()
-    (places[20] / checkpoints.MANIFEST).unlink()
-    (places[25] / checkpoints.MANIFEST).write_text("{")
-    found = checkpoints.listing(run)
+    (places[20] / manifests.MANIFEST).unlink()
+    (places[25] / manifests.MANIFEST).write_text("{")
+    found = manifests.listing(run)
     assert [c.step for c in found] == [5, 10, 15, 20, 25, 30]
     why = [c.broken for c in found]
     assert "sha256 differs" in why[0] and "rank_1" in why[0]
@@ -114,34 +114,34 @@ def test_they_are_listed_in_order_whole_or_broken_and_why(run: Run) -> None:
     assert why[3].startswith("it has no manifest")
     assert why[4].startswith("its manifest cannot be read")
     assert found[5].whole and found[5].world_size == 2 and found[5].bytes > 17_000
-    assert checkpoints.listing(run, deep=False)[0].whole, "only a byte by byte look sees it"
+    assert manifests.listing(run, deep=False)[0].whole, "only a byte by byte look sees it"
 
 
 def test_the_latest_is_the_newest_whole_one_and_says_what_it_passed_over(run: Run) -> None:
     places = [write(run, n, step) for n, step in enumerate((5, 10, 15))]
     flip(shard(places[2]))
     said: list[str] = []
-    assert checkpoints.latest(run, said.append).step == 10
+    assert manifests.latest(run, said.append).step == 10
     assert len(said) == 1 and "checkpoint_000002, step 15" in said[0] and "sha256" in said[0]
     again = write(run, 0, 15, attempt=LATER)
     said.clear()
-    assert checkpoints.latest(run, said.append).path == again and not said
+    assert manifests.latest(run, said.append).path == again and not said
 
 
 def test_none_whole_is_an_error_only_where_one_was_finished(run: Run) -> None:
-    assert checkpoints.latest(run) is None
+    assert manifests.latest(run) is None
     half = run.folder / ATTEMPT / "checkpoint_000000" / "checkpoint"
     half.mkdir(parents=True)
     (half / "model.safetensors").write_bytes(b"half")
     said: list[str] = []
-    assert checkpoints.latest(run, said.append) is None  # killed in its first save: begin anew
+    assert manifests.latest(run, said.append) is None  # killed in its first save: begin anew
     assert "never finished" in said[0]
     note(run, {"event": "save", "step": 5})  # but here one had been finished
     with pytest.raises(CheckpointError, match=r"none of the checkpoints(?s:.*)nothing was deleted"):
-        checkpoints.latest(run)
+        manifests.latest(run)
     assert (half / "model.safetensors").is_file()
     with pytest.raises(CheckpointError, match="no whole checkpoint"):
-        checkpoints.pick(run, "last", None)
+        manifests.pick(run, "last", None)
 
 
 def test_the_last_ones_and_the_best_are_kept(run: Run) -> None:
@@ -149,12 +149,12 @@ def test_the_last_ones_and_the_best_are_kept(run: Run) -> None:
         write(run, n, step, loss)
     unfinished = run.folder / ATTEMPT / "checkpoint_000009"
     unfinished.mkdir()
-    assert checkpoints.prune(run, 2, "d_heldout") == [5, 15]
-    assert [c.step for c in checkpoints.listing(run)] == [10, 20, 25]
+    assert manifests.prune(run, 2, "d_heldout") == [5, 15]
+    assert [c.step for c in manifests.listing(run)] == [10, 20, 25]
     assert not unfinished.exists()
-    assert checkpoints.pick(run, "best", "d_heldout").step == 10
-    assert checkpoints.pick(run, "last", "d_heldout").step == 25
-    assert checkpoints.prune(run, None, "d_heldout") == []
+    assert manifests.pick(run, "best", "d_heldout").step == 10
+    assert manifests.pick(run, "last", "d_heldout").step == 25
+    assert manifests.prune(run, None, "d_heldout") == []
 
 
 def test_a_run_that_went_back_keeps_what_it_writes_now(run: Run) -> None:
@@ -164,17 +164,17 @@ def test_a_run_that_went_back_keeps_what_it_writes_now(run: Run) -> None:
     for place in later:
         flip(shard(place))
     now = write(run, 0, 7, attempt=LATER)
-    assert checkpoints.prune(run, 2, None, newest=now) == [50, 55]
-    assert [c.step for c in checkpoints.listing(run)] == [5, 7]
-    assert checkpoints.latest(run).path == now
+    assert manifests.prune(run, 2, None, newest=now) == [50, 55]
+    assert [c.step for c in manifests.listing(run)] == [5, 7]
+    assert manifests.latest(run).path == now
 
 
 def test_a_finished_checkpoint_is_never_written_over(run: Run) -> None:
     place = write(run, 0, 5)
     with pytest.raises(CheckpointError, match="over a finished one"):
-        checkpoints.clear(place)
-    (place / checkpoints.MANIFEST).unlink()
-    checkpoints.clear(place)
+        manifests.clear(place)
+    (place / manifests.MANIFEST).unlink()
+    manifests.clear(place)
     assert not place.exists()
 
 
@@ -212,14 +212,14 @@ def test_a_run_is_trained_by_one_process(run: Run) -> None:
 
 def test_another_number_of_workers_keeps_the_global_batch() -> None:
     args = {"ray_num_workers": 4, "per_device_train_batch_size": 2}
-    two = config.with_workers(args, 2)
+    two = args.with_workers(2)
     assert (two["ray_num_workers"], two["gradient_accumulation_steps"]) == (2, 2)
-    eight = config.with_workers(args, 8)
+    eight = args.with_workers(8)
     assert (eight["per_device_train_batch_size"], eight["gradient_accumulation_steps"]) == (1, 1)
-    assert config.global_batch(two) == config.global_batch(eight) == config.global_batch(args) == 8
-    assert config.with_workers(args, None) is args
+    assert two.global_batch == eight.global_batch == args.global_batch == 8
+    assert args.with_workers(None) is args
     with pytest.raises(ConfigError, match=r"3 workers cannot share a step of 8(?s:.*)1, 2, 4, 8"):
-        config.with_workers(args, 3)
+        args.with_workers(3)
 
 
 def test_what_may_change_when_a_run_is_taken_up_again(run: Run) -> None:
@@ -227,14 +227,14 @@ def test_what_may_change_when_a_run_is_taken_up_again(run: Run) -> None:
     before |= {"per_device_train_batch_size": 2}
     note(run, {"event": "start", "step": 0, "time": 1.0})
     one = {"ray_num_workers": 1, "gradient_accumulation_steps": 2, "save_steps": 3}
-    config._refuse_other_training(run, before, before | one)
+    resolution._refuse_other_training(run, before, before | one)
     with pytest.raises(RunExistsError, match="the global batch was 4, is 2"):
-        config._refuse_other_training(run, before, before | {"ray_num_workers": 1})
+        resolution._refuse_other_training(run, before, before | {"ray_num_workers": 1})
     with pytest.raises(RunExistsError, match=r"dataset was 'd', is 'e', max_steps was 9, is 10"):
-        config._refuse_other_training(run, before, before | {"max_steps": 10, "dataset": "e"})
+        resolution._refuse_other_training(run, before, before | {"max_steps": 10, "dataset": "e"})
     note(run, {"event": "end", "step": 9, "time": 2.0})
     with pytest.raises(RunExistsError, match="save_steps was 5, is 3"):
-        config._refuse_other_training(run, before, before | {"save_steps": 3})
+        resolution._refuse_other_training(run, before, before | {"save_steps": 3})
 
 
 def test_groups_that_differ_in_nothing_are_one() -> None:
@@ -245,14 +245,14 @@ def test_groups_that_differ_in_nothing_are_one() -> None:
         {"params": [3], "weight_decay": 0.1, "lr": 2.0},
     ]
     optimizer = SimpleNamespace(param_groups=groups)
-    from cpt_helpers.trainer import merge_groups
+    from cpt_helpers.train.trainer import merge_groups
 
     merge_groups(optimizer)
     assert [group["params"] for group in optimizer.param_groups] == [[1, 2], [3]]
 
 
 def test_which_failures_are_tried_again(tmp_path: Path) -> None:
-    from cpt_helpers.failures import Cause
+    from cpt_helpers.train.failures import Cause
 
     log = tmp_path / "rank-0.log"
     lost = Cause([])
@@ -268,7 +268,7 @@ def test_which_failures_are_tried_again(tmp_path: Path) -> None:
 
 
 def test_the_rank_that_died_is_the_cause_and_not_the_one_that_noticed(run: Run) -> None:
-    from cpt_helpers.failures import cause_of, readable
+    from cpt_helpers.train.failures import cause_of, readable
 
     run.logs.mkdir(parents=True)
     old = "--- rank 1, attempt aa.0, now, pid 1\nValueError: of an earlier launch\n"
@@ -289,7 +289,7 @@ def test_the_rank_that_died_is_the_cause_and_not_the_one_that_noticed(run: Run) 
 @pytest.mark.parametrize("name", ["DivergedError", "WeightsError"])
 def test_what_a_restart_would_repeat_is_not_tried_again(run: Run, name: str) -> None:
     from cpt_helpers import errors
-    from cpt_helpers.failures import cause_of, readable
+    from cpt_helpers.train.failures import cause_of, readable
 
     run.logs.mkdir(parents=True)
     said = f"cpt_helpers.errors.{name}: the training cannot be used\n"

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from bpe import forcing_bos
 
-from cpt_helpers import assets, cleaning, data, duplicates, mixing, packing, reading, registry
-from cpt_helpers.cleaning import Cleaning, failed, shingles
+from cpt_helpers.data import cleaning, corpora, duplicates, ingest, mixing, packing, registry
+from cpt_helpers.data.cleaning import Cleaning, failed, shingles
 from cpt_helpers.errors import DataError, ParameterError
+from cpt_helpers.setup import assets
 
 
 def near(text: str, rng: random.Random, share: float = 0.02) -> str:
@@ -43,8 +44,8 @@ def planted(documents: list[str], tmp_path_factory) -> tuple[Path, dict[str, set
 
 def test_planted_duplicates_are_found_and_clean_documents_kept(planted, tmp_path: Path) -> None:
     path, known = planted
-    found = data.prepare(str(path), tmp_path, fraction=0.2)
-    kept = [*data.texts_of(found.train), *data.texts_of(found.heldout)]
+    found = corpora.prepare(str(path), tmp_path, fraction=0.2)
+    kept = [*corpora.texts_of(found.train), *corpora.texts_of(found.heldout)]
     assert len(kept) == len(set(kept)), "an exact one was left"
     both = [
         n for n in known["near"] if n in kept and any(alike(n, k) >= 0.8 for k in kept if k != n)
@@ -61,8 +62,8 @@ def test_families_across_the_halves(documents, tmp_path: Path) -> None:
     rng.shuffle(family)
     path = tmp_path / "family.jsonl"
     assets.write_jsonl(path, family)
-    found = data.prepare(str(path), tmp_path, fraction=0.3)
-    held, trained = list(data.texts_of(found.heldout)), list(data.texts_of(found.train))
+    found = corpora.prepare(str(path), tmp_path, fraction=0.3)
+    held, trained = list(corpora.texts_of(found.heldout)), list(corpora.texts_of(found.train))
     assert held and trained
     assert not [1 for h in held for t in trained if alike(t, h) >= 0.8]
 
@@ -75,19 +76,19 @@ def alike(one: str, other: str) -> float:
 def test_held_out_and_training_share_nothing_nearly_the_same(planted, tmp_path: Path) -> None:
     """Near duplicates across the halves: the training one goes, the held-out one stays."""
     path, _ = planted
-    dirty = data.prepare(
+    dirty = corpora.prepare(
         str(path), tmp_path / "a", fraction=0.3, cleaning=Cleaning(False, 0, False)
     )
     crossed = [
         (t, h)
-        for h in data.texts_of(dirty.heldout)
-        for t in data.texts_of(dirty.train)
+        for h in corpora.texts_of(dirty.heldout)
+        for t in corpora.texts_of(dirty.train)
         if alike(t, h) >= 0.8
     ]
     assert len(crossed) > 5, "none was planted across"
     only = Cleaning(exact=False, near=0, contamination=True)
-    clean = data.prepare(str(path), tmp_path / "b", fraction=0.3, cleaning=only)
-    held, trained = list(data.texts_of(clean.heldout)), list(data.texts_of(clean.train))
+    clean = corpora.prepare(str(path), tmp_path / "b", fraction=0.3, cleaning=only)
+    held, trained = list(corpora.texts_of(clean.heldout)), list(corpora.texts_of(clean.train))
     assert {h for _, h in crossed} <= set(held)
     assert not [1 for h in held for t in trained if alike(t, h) >= 0.8]
     reasons = set(clean.dropped)
@@ -107,20 +108,20 @@ def test_every_held_out_document_of_a_large_bucket_is_compared(
     passage = [f"p{i}" for i in range(86)]
     own = [[f"d{n}x{i}" for i in range(16)] for n in range(600)]
     texts = [" ".join(passage + words) for words in own]
-    held = [n for n, text in enumerate(texts) if data.is_held_out(text, 0.5)]
+    held = [n for n, text in enumerate(texts) if corpora.is_held_out(text, 0.5)]
     copies = []
     for n in held[:80]:  # two of the held-out text's own words make 0.754 of 0.724
         copy = " ".join([*passage, *own[n][:2], *(f"c{n}x{i}" for i in range(14))])
-        if not data.is_held_out(copy, 0.5):
+        if not corpora.is_held_out(copy, 0.5):
             copies.append((copy, texts[n]))
     assert len(copies) >= 30 and all(0.75 <= alike(*pair) < 0.76 for pair in copies)
     assert alike(texts[0], texts[1]) < 0.73
     path = tmp_path / "c.jsonl"
     assets.write_jsonl(path, texts + [copy for copy, _ in copies])
-    found = data.prepare(str(path), tmp_path, fraction=0.5, cleaning=cleaning)
-    left = set(data.texts_of(found.train)) & {copy for copy, _ in copies}
+    found = corpora.prepare(str(path), tmp_path, fraction=0.5, cleaning=cleaning)
+    left = set(corpora.texts_of(found.train)) & {copy for copy, _ in copies}
     assert len(left) <= 0.05 * len(copies)  # MinHash itself misses 2 %
-    assert set(texts) <= {*data.texts_of(found.train), *data.texts_of(found.heldout)}
+    assert set(texts) <= {*corpora.texts_of(found.train), *corpora.texts_of(found.heldout)}
 
 
 def test_more_held_out_documents_than_are_indexed_at_once(tmp_path: Path, monkeypatch) -> None:
@@ -194,9 +195,9 @@ def test_it_is_what_llamafactory_makes_of_a_thousand(tokenizer, documents) -> No
 
 
 @pytest.fixture(scope="module")
-def two(corpus: Path, tmp_path_factory) -> tuple[data.Corpus, data.Corpus]:
+def two(corpus: Path, tmp_path_factory) -> tuple[corpora.Corpus, corpora.Corpus]:
     storage = tmp_path_factory.mktemp("mixed")
-    return data.prepare(str(corpus), storage), data.prepare("news", storage)
+    return corpora.prepare(str(corpus), storage), corpora.prepare("news", storage)
 
 
 def test_tokenised_once_and_anew_when_anything_changes(two, tokenizer, monkeypatch) -> None:
@@ -226,7 +227,7 @@ def test_a_mix_is_drawn_in_its_shares_without_repetition(two, tokenizer) -> None
     assert set(rows) == {"train", "validation_handbook_heldout", "validation_news_heldout"}
     blocks = [tuple(row) for row in rows["train"]["input_ids"]]
     assert len(set(blocks)) == 100 and {len(b) for b in blocks} == {64}
-    theirs = {tuple(b) for b in packing.pack(data.texts_of(news.train), tokenizer, 64).blocks}
+    theirs = {tuple(b) for b in packing.pack(corpora.texts_of(news.train), tokenizer, 64).blocks}
     assert sum(b in theirs for b in blocks) == 25
     assert len(rows["validation_news_heldout"]) == mix.held_out["news_heldout"]
     again = mixing.mix([(domain, 3), (news, 1)], [domain, news], tokenizer, 64, blocks=100)
@@ -279,7 +280,7 @@ def test_a_large_corpus_is_read_by_processes_as_by_one(
 ) -> None:
     path = tmp_path / "big.jsonl"
     assets.write_jsonl(path, documents)
-    here = data.prepare(str(path), tmp_path / "one")
-    monkeypatch.setattr(reading, "_CHUNK", 50_000)
-    there = data.prepare(str(path), tmp_path / "many")
+    here = corpora.prepare(str(path), tmp_path / "one")
+    monkeypatch.setattr(ingest, "_CHUNK", 50_000)
+    there = corpora.prepare(str(path), tmp_path / "many")
     assert here.sha256 == there.sha256 and here.train.read_bytes() == there.train.read_bytes()

@@ -7,8 +7,8 @@ import re
 import bpe
 import pytest
 
-from cpt_helpers import cloze
-from cpt_helpers.cloze import Cloze, Item
+from cpt_helpers.export import cloze
+from cpt_helpers.export.cloze import Cloze, Item
 
 KINDS = ("gpt2", "llama3", "qwen2", "sentencepiece")
 

@@ -9,10 +9,12 @@ import pytest
 import yaml
 from conftest import python
 
-from cpt_helpers import advice, checks, config, data, mixing, planning, registry, sources
-from cpt_helpers.assets import tokenizer_of
+from cpt_helpers import recipes
+from cpt_helpers.config import advice, planning, resolution, validation
+from cpt_helpers.data import corpora, mixing, registry, sources
 from cpt_helpers.errors import ConfigError, ParameterError, RunExistsError
 from cpt_helpers.run import PROJECT, Run
+from cpt_helpers.setup.assets import tokenizer_of
 
 RECIPES = sorted((PROJECT / "train-configs").glob("*.yaml"))
 DEEPSPEED = sorted((PROJECT / "deepspeed-configs").glob("*.json"))
@@ -21,9 +23,9 @@ DEEPSPEED = sorted((PROJECT / "deepspeed-configs").glob("*.json"))
 @pytest.fixture(scope="session")
 def prepared(storage: Path, corpus: Path, tiny_gemma3: Path) -> Run:
     """A storage with the corpora a recipe may name."""
-    data.prepare(str(corpus), storage)
+    corpora.prepare(str(corpus), storage)
     for name in ("ray_docs", "news"):
-        data.prepare(name, storage)
+        corpora.prepare(name, storage)
     gone = {"gone": {"file_name": "corpora/gone/train.jsonl", "columns": {"prompt": "text"}}}
     registry.register(storage / registry.REGISTRY, gone)
     return Run.open("config-tests", storage)
@@ -33,9 +35,9 @@ def prepared(storage: Path, corpus: Path, tiny_gemma3: Path) -> Run:
 def resolve(prepared: Run, tiny_gemma3: Path):
     def call(
         recipe: str = "cpt_cpu.yaml", corpus: str = "ray_docs", **overrides
-    ) -> config.Resolved:
+    ) -> resolution.Resolved:
         model = {"model_name_or_path": str(tiny_gemma3)}
-        return config.resolve(prepared, recipe, model | overrides, corpus)
+        return resolution.resolve(prepared, recipe, model | overrides, corpus)
 
     return call
 
@@ -58,11 +60,11 @@ for path in {[str(path) for path in RECIPES]!r}:
     model, data, training, finetuning, _ = get_train_args(args)
     ray = get_ray_args(args)
     found[os.path.basename(path)] = dict(
-        stage=finetuning.stage, kind=finetuning.finetuning_type, template=data.template,
-        packing=data.packing, trust=model.trust_remote_code, timeout=training.ddp_timeout,
-        cutoff=data.cutoff_len, workers=ray.ray_num_workers, resources=ray.resources_per_worker,
+        stage=finetuning.stage, kind=finetuning.finetuning_type, template=corpora.template,
+        packing=corpora.packing, trust=model.trust_remote_code, timeout=training.ddp_timeout,
+        cutoff=corpora.cutoff_len, workers=ray.ray_num_workers, resources=ray.resources_per_worker,
         zero=training.hf_deepspeed_config.config["zero_optimization"]["stage"],
-        use_ray=ray.use_ray, eval_on=data.eval_dataset)
+        use_ray=ray.use_ray, eval_on=corpora.eval_dataset)
 print(json.dumps(found))
 """
     found = python(code)
@@ -131,7 +133,7 @@ print(json.dumps(found))
 
 def test_the_shipped_registry_names_the_built_in_corpora() -> None:
     shipped = registry.read_registry(PROJECT / "dataset-configs" / "dataset_info.json")
-    assert set(shipped) == {n + s for n in sources.BUILTIN for s in ("", registry.HELD_OUT)}
+    assert set(shipped) == {n + s for n in sources.BUILTIN for s in ("", recipes.HELD_OUT)}
     for name in sources.BUILTIN:
         assert registry.entries_of(name).items() <= shipped.items()
 
@@ -153,8 +155,8 @@ def test_resolving_makes_paths_absolute_and_the_runs_own(resolve, prepared: Run)
     assert args["ray_run_name"] == "config-tests" and args["max_steps"] == 7
     why = {change.key: change.why for change in resolved.changes}
     assert why["max_steps"] == "OVERRIDES" and why["output_dir"] == "the run's own"
-    written = config.write(prepared, resolved)
-    assert config.load(prepared) == args and written == prepared.train_yaml
+    written = resolution.write(prepared, resolved)
+    assert recipes.load(prepared) == args and written == prepared.train_yaml
     assert json.loads(Path(args["deepspeed"]).read_text())["zero_optimization"]["stage"] == 3
 
 
@@ -162,7 +164,7 @@ def test_a_corpus_of_ones_own_takes_both_places(resolve) -> None:
     args = resolve(corpus="handbook").args
     assert args["dataset"] == "handbook"
     assert args["eval_dataset"] == "handbook_heldout,news_heldout"
-    assert config.held_out_of(args) == {"domain": "handbook_heldout", "general": "news_heldout"}
+    assert args.held_out == {"domain": "handbook_heldout", "general": "news_heldout"}
 
 
 @pytest.mark.parametrize(
@@ -195,7 +197,7 @@ def test_what_cannot_work_is_refused(resolve, overrides: dict, message: str) -> 
 
 def test_a_token_where_guides_put_it_is_taken_out(resolve, monkeypatch) -> None:
     """And handed to the workers by memory, where it was a real one."""
-    from cpt_helpers.variables import worker_environment
+    from cpt_helpers.train.worker_env import worker_environment
 
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "mine")
@@ -213,13 +215,15 @@ def test_a_token_where_guides_put_it_is_taken_out(resolve, monkeypatch) -> None:
 
 def test_a_recipe_that_is_not_there_or_not_yaml(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"does not exist(?s:.*)cpt_cpu\.yaml"):
-        config.read_recipe("cpt_gpu.yaml")
+        recipes.read_recipe("cpt_gpu.yaml")
     (tmp_path / "bad.yaml").write_text("stage: pt\n  do_train: [\n")
     with pytest.raises(ConfigError, match=r"not YAML(?s:.*)bad\.yaml:2"):
-        config.read_recipe(str(tmp_path / "bad.yaml"))
+        recipes.read_recipe(str(tmp_path / "bad.yaml"))
     (tmp_path / "typo.yaml").write_text("stage: pt\nuse_cpu: true\nlearning_rat: 1\n")
     with pytest.raises(ConfigError, match=r"'learning_rat'(?s:.*)typo\.yaml:3"):
-        checks.refuse(checks.keys(*reversed(config.read_recipe(str(tmp_path / "typo.yaml"))), {}))
+        validation.refuse(
+            validation.keys(*reversed(recipes.read_recipe(str(tmp_path / "typo.yaml"))), {})
+        )
 
 
 def test_the_plan_is_what_the_trainer_does() -> None:
@@ -264,7 +268,7 @@ def test_memory_by_zero_stage() -> None:
 
 
 def test_the_learning_rate_warms_up_and_falls() -> None:
-    recipe = config.read_recipe("cpt_cpu.yaml")[1]
+    recipe = recipes.read_recipe("cpt_cpu.yaml")[1]
     rates = planning.learning_rates(recipe | {"max_steps": 30}, 30)
     peak = float(recipe["learning_rate"])
     assert len(rates) == 30 and rates[0] == 0 and max(rates) == pytest.approx(peak)
@@ -273,15 +277,15 @@ def test_the_learning_rate_warms_up_and_falls() -> None:
 
 def test_a_trained_run_keeps_its_settings(resolve, prepared: Run) -> None:
     run = Run.open("config-tests-trained", prepared.storage)
-    config.write(run, config.resolve(run, "cpt_cpu.yaml", {}, "ray_docs"))
-    config.write(
-        run, config.resolve(run, "cpt_cpu.yaml", {"max_steps": 3}, "ray_docs")
+    resolution.write(run, resolution.resolve(run, "cpt_cpu.yaml", {}, "ray_docs"))
+    resolution.write(
+        run, resolution.resolve(run, "cpt_cpu.yaml", {"max_steps": 3}, "ray_docs")
     )  # untrained
     run.metrics.write_text('{"event": "start", "step": 0}\n')
-    config.write(run, config.resolve(run, "cpt_cpu.yaml", {"max_steps": 3}, "ray_docs"))
+    resolution.write(run, resolution.resolve(run, "cpt_cpu.yaml", {"max_steps": 3}, "ray_docs"))
     with pytest.raises(RunExistsError, match="max_steps was 3, is 4"):
-        config.write(run, config.resolve(run, "cpt_cpu.yaml", {"max_steps": 4}, "ray_docs"))
-    assert config.load(run)["max_steps"] == 3
+        resolution.write(run, resolution.resolve(run, "cpt_cpu.yaml", {"max_steps": 4}, "ray_docs"))
+    assert recipes.load(run)["max_steps"] == 3
 
 
 def test_packing_is_left_to_the_stage(resolve) -> None:
@@ -289,10 +293,10 @@ def test_packing_is_left_to_the_stage(resolve) -> None:
 
 
 def test_precision_follows_the_cpu(resolve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(resolution, "cpu_has_bf16", lambda: False)
     assert resolve().args["bf16"] is False
     assert resolve(bf16=True).args["bf16"] is True  # asked for is asked for
-    monkeypatch.setattr(config, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(resolution, "cpu_has_bf16", lambda: True)
     assert resolve().args["bf16"] is True
 
 
@@ -327,7 +331,7 @@ def test_an_evaluation_that_is_missing_and_one_that_is_declined(resolve) -> None
 
 def test_documents_per_process(resolve, prepared: Run) -> None:
     """The corpus is counted where step 2 has prepared it, and ``max_samples`` bounds it."""
-    count = data.load("news", prepared.storage).documents
+    count = corpora.load("news", prepared.storage).documents
     held_out = {"eval_dataset": "news_heldout"}
     (warning,) = resolve(corpus="news", preprocessing_num_workers=16, **held_out).warnings
     assert f"preprocessing_num_workers: 16 for {count:,} documents" in str(warning)
@@ -339,8 +343,8 @@ def test_documents_per_process(resolve, prepared: Run) -> None:
 
 def test_what_runs_share_cannot_name_a_run(tmp_path: Path, corpus: Path, tiny_gemma3: Path) -> None:
     """Whatever the preparation of a run leaves next to the runs."""
-    made = data.prepare(str(corpus), tmp_path)
-    recipe = config.read_recipe("cpt_cpu.yaml")[1] | {"cutoff_len": 64}
+    made = corpora.prepare(str(corpus), tmp_path)
+    recipe = recipes.read_recipe("cpt_cpu.yaml")[1] | {"cutoff_len": 64}
     mixing.for_recipe(recipe, [(made, 1.0)], [made], tokenizer_of(str(tiny_gemma3)))
     shared = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")}
     assert {"corpora", "tokenised", "dataset_info.json"} <= shared

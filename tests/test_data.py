@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cpt_helpers import data, registry
+from cpt_helpers.data import corpora, registry
 from cpt_helpers.errors import AssetError, DataError
 
 GOOD = b'{"text": "a document"}'
@@ -41,7 +41,7 @@ def write(path: Path, *lines: bytes) -> Path:
 def test_a_bad_line_is_named_by_its_number(tmp_path: Path, line: bytes, problem: str) -> None:
     path = write(tmp_path / "c.jsonl", GOOD, GOOD, line, GOOD)
     with pytest.raises(DataError) as refused:
-        data.prepare(str(path), tmp_path)
+        corpora.prepare(str(path), tmp_path)
     assert f"c.jsonl:3: {problem}" in str(refused.value)
     assert "1 of 4 records" in str(refused.value)
     assert not (tmp_path / "corpora" / "c").exists() and not (tmp_path / registry.REGISTRY).exists()
@@ -50,14 +50,14 @@ def test_a_bad_line_is_named_by_its_number(tmp_path: Path, line: bytes, problem:
 def test_many_bad_lines_are_counted(tmp_path: Path) -> None:
     path = write(tmp_path / "c.jsonl", *[b"{"] * 8, GOOD)
     with pytest.raises(DataError, match=r"(?s)8 of 9 records.*c\.jsonl:5.*and 3 more") as refused:
-        data.prepare(str(path), tmp_path)
+        corpora.prepare(str(path), tmp_path)
     assert "c.jsonl:6" not in str(refused.value)
 
 
 def test_some_may_be_tolerated_and_none_is_lost(tmp_path: Path) -> None:
     lines = [json.dumps({"text": f"document number {i}"}).encode() for i in range(96)]
     path = write(tmp_path / "c.jsonl", *lines[:50], b"{oops", b'{"text": 7}', *lines[50:])
-    found = data.prepare(str(path), tmp_path, tolerate=0.03, fraction=0.2)
+    found = corpora.prepare(str(path), tmp_path, tolerate=0.03, fraction=0.2)
     assert (found.records, found.documents + found.heldout_documents) == (98, 96)
     assert found.rejected == {"not JSON": 1, "`text` is int": 1}
     rejects = [
@@ -67,29 +67,29 @@ def test_some_may_be_tolerated_and_none_is_lost(tmp_path: Path) -> None:
     assert rejects[0]["raw"] == "{oops"
     other = write(tmp_path / "d.jsonl", *lines, *[b"{"] * 9)
     with pytest.raises(DataError, match=r"9 of 105 records(?s:.*)more than the 3.0%"):
-        data.prepare(str(other), tmp_path, tolerate=0.03)
+        corpora.prepare(str(other), tmp_path, tolerate=0.03)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n  \n"])
 def test_an_empty_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "c.jsonl").write_bytes(content)
     with pytest.raises(DataError, match="the corpus is empty"):
-        data.prepare(str(tmp_path / "c.jsonl"), tmp_path)
+        corpora.prepare(str(tmp_path / "c.jsonl"), tmp_path)
 
 
 def test_a_missing_file_and_an_empty_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
-        data.prepare(str(tmp_path / "nothere.jsonl"), tmp_path)
+        corpora.prepare(str(tmp_path / "nothere.jsonl"), tmp_path)
     (tmp_path / "folder").mkdir()
     with pytest.raises(DataError, match="no file with text is there"):
-        data.prepare(str(tmp_path / "folder"), tmp_path)
+        corpora.prepare(str(tmp_path / "folder"), tmp_path)
 
 
 def test_an_unknown_name_says_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nearest known: ray_docs"):
-        data.prepare("ray_doc", tmp_path)
+        corpora.prepare("ray_doc", tmp_path)
     with pytest.raises(AssetError, match="'nosuchpackage' is not installed"):
-        data.prepare("package:nosuchpackage", tmp_path)
+        corpora.prepare("package:nosuchpackage", tmp_path)
 
 
 @pytest.fixture
@@ -113,23 +113,23 @@ def server(tmp_path: Path):
 
 
 def test_a_url(server: str, tmp_path: Path) -> None:
-    found = data.prepare(f"{server}/good.jsonl", tmp_path, fraction=0.2)
+    found = corpora.prepare(f"{server}/good.jsonl", tmp_path, fraction=0.2)
     assert found.name == "good" and found.documents + found.heldout_documents == 99
     with pytest.raises(DataError, match=r"bad\.jsonl:2: not JSON"):
-        data.prepare(f"{server}/bad.jsonl", tmp_path)
+        corpora.prepare(f"{server}/bad.jsonl", tmp_path)
     with pytest.raises(DataError, match=r"cannot be read: HTTP 404"):
-        data.prepare(f"{server}/missing.jsonl", tmp_path)
+        corpora.prepare(f"{server}/missing.jsonl", tmp_path)
 
 
 def test_an_unreachable_url(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read") as refused:
-        data.prepare("http://127.0.0.1:9/c.jsonl", tmp_path)
+        corpora.prepare("http://127.0.0.1:9/c.jsonl", tmp_path)
     assert "http://127.0.0.1:9/c.jsonl" in str(refused.value)
 
 
 def test_the_split_is_stable_and_disjoint(corpus: Path, tmp_path: Path) -> None:
-    first = data.prepare(str(corpus), tmp_path, fraction=0.1)
-    train, heldout = (set(data.texts_of(half)) for half in (first.train, first.heldout))
+    first = corpora.prepare(str(corpus), tmp_path, fraction=0.1)
+    train, heldout = (set(corpora.texts_of(half)) for half in (first.train, first.heldout))
     assert not train & heldout
     assert first.documents == len(train) and first.heldout_documents == len(heldout)
     assert 0.04 < len(heldout) / 400 < 0.18
@@ -137,39 +137,39 @@ def test_the_split_is_stable_and_disjoint(corpus: Path, tmp_path: Path) -> None:
     lines = corpus.read_text().splitlines()
     grown = tmp_path / "grown.jsonl"
     grown.write_text("\n".join(['{"text": "new"}', *reversed(lines)]) + "\n")
-    again = data.prepare(str(grown), tmp_path, fraction=0.1)
-    assert set(data.texts_of(again.heldout)) - {"new"} == heldout
+    again = corpora.prepare(str(grown), tmp_path, fraction=0.1)
+    assert set(corpora.texts_of(again.heldout)) - {"new"} == heldout
 
 
 def test_duplicates_are_kept_once(tmp_path: Path) -> None:
     lines = [json.dumps({"text": f"text {i % 30}"}).encode() for i in range(60)]
-    found = data.prepare(str(write(tmp_path / "c.jsonl", *lines)), tmp_path, fraction=0.3)
+    found = corpora.prepare(str(write(tmp_path / "c.jsonl", *lines)), tmp_path, fraction=0.3)
     assert found.documents + found.heldout_documents == 30
     assert sum(found.dropped.values()) == 30
 
 
 def test_too_few_documents_to_hold_out(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="too few to hold out"):
-        data.prepare(str(write(tmp_path / "c.jsonl", GOOD)), tmp_path)
+        corpora.prepare(str(write(tmp_path / "c.jsonl", GOOD)), tmp_path)
 
 
 def test_a_name_that_is_taken(corpus: Path, tmp_path: Path) -> None:
-    found = data.prepare(str(corpus), tmp_path)
-    assert data.prepare(str(corpus), tmp_path) == found  # the same again is no conflict
+    found = corpora.prepare(str(corpus), tmp_path)
+    assert corpora.prepare(str(corpus), tmp_path) == found  # the same again is no conflict
     (tmp_path / "other").mkdir()
     other = write(tmp_path / "other" / corpus.name, *[b'{"text": "%d"}' % i for i in range(99)])
     before = found.train.read_bytes()
     with pytest.raises(DataError, match="taken by other documents"):
-        data.prepare(str(other), tmp_path)
+        corpora.prepare(str(other), tmp_path)
     assert found.train.read_bytes() == before
     with pytest.raises(DataError, match="built-in corpus 'news'"):
-        data.prepare(str(write(tmp_path / "news.jsonl", GOOD)), tmp_path)
+        corpora.prepare(str(write(tmp_path / "news.jsonl", GOOD)), tmp_path)
 
 
 def test_the_registry_keeps_what_is_there(corpus: Path, tmp_path: Path) -> None:
     mine = {"file_name": "mine.jsonl", "columns": {"prompt": "body"}}
     (tmp_path / registry.REGISTRY).write_text(json.dumps({"mine": mine}))
-    data.prepare(str(corpus), tmp_path)
+    corpora.prepare(str(corpus), tmp_path)
     known = registry.read_registry(tmp_path / registry.REGISTRY)
     assert known["mine"] == mine
     assert known["handbook"]["file_name"] == "corpora/handbook/train.jsonl"
@@ -178,4 +178,4 @@ def test_the_registry_keeps_what_is_there(corpus: Path, tmp_path: Path) -> None:
         registry.register(tmp_path / registry.REGISTRY, {"mine": {"file_name": "yours.jsonl"}})
     (tmp_path / registry.REGISTRY).write_text("{")
     with pytest.raises(DataError, match="registry cannot be read"):
-        data.prepare(str(corpus), tmp_path)
+        corpora.prepare(str(corpus), tmp_path)

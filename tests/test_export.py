@@ -11,10 +11,14 @@ import pytest
 import yaml
 from conftest import python
 
-from cpt_helpers import card, checkpoints, config, data, environment, export, models
+from cpt_helpers import recipes
+from cpt_helpers.checkpoints import manifests
+from cpt_helpers.data import corpora
+from cpt_helpers.data.packing import pack
 from cpt_helpers.errors import AssetError, CheckpointError, CptError, ExportError, StorageError
-from cpt_helpers.packing import pack
+from cpt_helpers.export import huggingface, model_card
 from cpt_helpers.run import Run
+from cpt_helpers.setup import environment, models
 
 pytestmark = [pytest.mark.training, pytest.mark.forms]
 FORMS = [("full", "merged"), ("freeze", "merged"), ("lora", "merged"), ("lora", "adapter")]
@@ -47,9 +51,9 @@ def exports(train_tiny, storage: Path):
 
     def made(kind: str, form: str, dtype: str = "float32") -> tuple[Run, Path, Path]:
         run = train_tiny(kind)
-        checkpoint = checkpoints.latest(run).model
+        checkpoint = manifests.latest(run).model
         target = storage / "exports" / f"{kind}-{form}-{dtype}"
-        return run, checkpoint, export.export(checkpoint, target, dtype=dtype, form=form)
+        return run, checkpoint, huggingface.export(checkpoint, target, dtype=dtype, form=form)
 
     return made
 
@@ -59,8 +63,8 @@ def held_out(train_tiny, storage: Path, tiny_gemma3: Path) -> Path:
     """The held-out blocks as the trainer saw them."""
     import transformers
 
-    args = config.load(train_tiny("full"))
-    texts = data.texts_of(data.load("handbook", storage).heldout)
+    args = recipes.load(train_tiny("full"))
+    texts = corpora.texts_of(corpora.load("handbook", storage).heldout)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_gemma3)
     path = storage / "exports" / "blocks.json"
     path.parent.mkdir(exist_ok=True)
@@ -160,7 +164,7 @@ def test_the_card_has_the_runs_own_figures(exports, storage: Path, kind: str, fo
     shutil.copytree(folder, copy)
     loss = math.exp(measured_loss(run))
     exported = {"step": 8, "dtype": "float32", "perplexity": {"domain": round(loss, 3)}}
-    text = card.write(run, copy, exported).read_text()
+    text = model_card.write(run, copy, exported).read_text()
     matter = yaml.safe_load(text.split("---")[1])
     assert matter["base_model"] == "tiny-gemma3" and matter["datasets"] == ["handbook"]
     assert "license" not in matter and "licence of the base model is not known" in text
@@ -171,14 +175,14 @@ def test_the_card_has_the_runs_own_figures(exports, storage: Path, kind: str, fo
     assert f"| {kind} |" in text and f"{loss:.3f}".rstrip("0") in text
     assert "| not recorded | not recorded | " in text, "this run has no results.json"
     assert str(storage) not in text
-    assert card.write(run, copy, exported).read_text() == text
+    assert model_card.write(run, copy, exported).read_text() == text
 
 
 def refused(kind: type[CptError], says: str, checkpoint: Path, target: Path, **how: str) -> None:
     """Refused, with nothing written beside what was there."""
     before = sorted(target.parent.rglob("*"))
     with pytest.raises(kind, match=says):
-        export.export(checkpoint, target, **how)
+        huggingface.export(checkpoint, target, **how)
     assert sorted(target.parent.rglob("*")) == before
 
 
@@ -226,7 +230,7 @@ def test_weights_that_are_missing_are_not_made_up(exports, tmp_path: Path) -> No
     refused(AssetError, "is no model folder", holed, tmp_path / "export")
 
 
-@pytest.mark.parametrize("form", export.FORMS)
+@pytest.mark.parametrize("form", huggingface.FORMS)
 def test_an_adapter_needs_its_own_base(
     exports, tiny_gemma3: Path, tmp_path: Path, form: str
 ) -> None:
@@ -261,17 +265,17 @@ def test_an_adapter_needs_its_own_base(
     moved = tmp_path / "moved"  # the same weights elsewhere
     shutil.copytree(tiny_gemma3, moved)
     on(moved)
-    assert models.base_of(export.export(adapter, target, form=form)) in ("", str(moved))
+    assert models.base_of(huggingface.export(adapter, target, form=form)) in ("", str(moved))
 
 
 def test_the_same_export_again_is_left_alone(exports) -> None:
     _, checkpoint, folder = exports("lora", "merged")
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    export.export(checkpoint, folder, dtype="float32", form="merged")
+    huggingface.export(checkpoint, folder, dtype="float32", form="merged")
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     note = folder / "export.json"
     old = json.loads(note.read_text())
     del old["form"]  # as it was written before there were forms
     note.write_text(json.dumps(old))
-    assert export.export(checkpoint, folder, dtype="float32") == folder
+    assert huggingface.export(checkpoint, folder, dtype="float32") == folder
     note.write_text(json.dumps(old | {"form": "merged"}))

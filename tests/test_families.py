@@ -17,9 +17,10 @@ import families
 import pytest
 import torch
 
-from cpt_helpers import assets, packing
-from cpt_helpers.config import DEEPSPEED_CONFIGS
+from cpt_helpers.data import packing
+from cpt_helpers.recipes import DEEPSPEED_CONFIGS
 from cpt_helpers.run import Run
+from cpt_helpers.setup import assets
 
 pytestmark = pytest.mark.training
 
@@ -288,11 +289,11 @@ def test_experts_of_frozen_layers_stay_frozen(home, plainly, train) -> None:
 
 def test_resuming_on_two_nodes_with_another_number_of_workers(home, train) -> None:
     """Each rank is the first on its node; it takes the slice of its global rank."""
-    from cpt_helpers import checkpoints, resharding
+    from cpt_helpers.checkpoints import manifests, resharding
 
     steps = {"save_strategy": "steps", "save_steps": 2, "before": ["own_checkpoints"]}
     assert train([job(home, "one", "qwen2", workers=1, **steps)]) == {"one": [0]}
-    newest = checkpoints.listing(Run("one", home))[0]
+    newest = manifests.listing(Run("one", home))[0]
     assert newest.step == 2 and newest.whole
     for name, places in (("two", {}), ("two-nodes", {"local_rank": 0})):
         run = Run(name, home)
@@ -308,12 +309,12 @@ def test_resuming_on_two_nodes_with_another_number_of_workers(home, train) -> No
 
 def test_a_checkpoint_whose_shards_are_of_other_weights_is_refused(home, train) -> None:
     """The shards are whole, and are another checkpoint's: the ranks compare what they loaded."""
-    from cpt_helpers import checkpoints
+    from cpt_helpers.checkpoints import manifests
 
     steps = {"save_strategy": "steps", "save_steps": 2, "before": ["own_checkpoints"]}
     assert train([job(home, "mixed-up", "qwen2", **steps)]) == {"mixed-up": [0, 0]}
     run = Run("mixed-up", home)
-    second, fourth = checkpoints.listing(run)
+    second, fourth = manifests.listing(run)
     for shard in second.model.glob("global_step2/*"):
         own = fourth.model / "global_step4" / shard.name
         own.write_bytes(shard.read_bytes())

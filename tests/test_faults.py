@@ -16,9 +16,13 @@ from typing import Any
 import pytest
 import yaml
 
-from cpt_helpers import assets, checkpoints, config, data
+from cpt_helpers import recipes
+from cpt_helpers.checkpoints import manifests
+from cpt_helpers.config import resolution
+from cpt_helpers.data import corpora
 from cpt_helpers.errors import CheckpointError
 from cpt_helpers.run import Run
+from cpt_helpers.setup import assets
 
 pytestmark = [pytest.mark.training, pytest.mark.faults]
 
@@ -78,7 +82,7 @@ class Trained:
     @property
     def saved(self) -> list[int]:
         """The steps of its whole checkpoints."""
-        return [c.step for c in checkpoints.listing(self.run) if c.whole]
+        return [c.step for c in manifests.listing(self.run) if c.whole]
 
     @property
     def weights(self) -> str:
@@ -100,7 +104,7 @@ class Trained:
 
 @pytest.fixture(scope="module")
 def recipe(storage: Path, corpus: Path, tiny_gemma3: Path) -> dict[str, Any]:
-    data.prepare(str(corpus), storage)
+    corpora.prepare(str(corpus), storage)
     run = Run("recipe", storage)
     overrides = {
         "model_name_or_path": str(tiny_gemma3),
@@ -116,8 +120,8 @@ def recipe(storage: Path, corpus: Path, tiny_gemma3: Path) -> dict[str, Any]:
         "bf16": False,
         "report_to": "none",
     }
-    config.write(run, config.resolve(run, "cpt_cpu.yaml", overrides, "handbook"))
-    return config.load(run)
+    resolution.write(run, resolution.resolve(run, "cpt_cpu.yaml", overrides, "handbook"))
+    return recipes.load(run)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +138,7 @@ def new(storage: Path, recipe: dict[str, Any]) -> Callable[..., Trained]:
         run.config_dir.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(recipe["deepspeed"], run.config_dir / "ds_z3_config.json")
         args["deepspeed"] = str(run.config_dir / "ds_z3_config.json")
-        run.train_yaml.write_text(yaml.safe_dump(args))
+        run.train_yaml.write_text(yaml.safe_dump(dict(args)))
         return Trained(run)
 
     return make
@@ -216,7 +220,7 @@ def test_a_rank_killed_while_a_checkpoint_goes_to_the_storage(new, undisturbed, 
     trained = new("hand-over")
     assert trained.train([{"what": "hand-over", "ranks": [0], "step": 6}]) == 0, trained.output
     assert trained.starts == [0, 3]
-    assert all(c.whole for c in checkpoints.listing(trained.run))
+    assert all(c.whole for c in manifests.listing(trained.run))
     same(trained, undisturbed, seen, restarts(trained))
 
 
@@ -251,7 +255,7 @@ def test_the_driver_stopped_by_hand(new, undisturbed, seen) -> None:
 
 
 def _shard(trained: Trained) -> Path:
-    newest = checkpoints.latest(trained.run)
+    newest = manifests.latest(trained.run)
     return next(newest.model.glob("global_step*/*pp_rank_1_*_optim_states.pt"))
 
 
@@ -268,7 +272,7 @@ def _flip(trained: Trained) -> None:
 
 
 def _forget(trained: Trained) -> None:
-    (checkpoints.latest(trained.run).path / checkpoints.MANIFEST).unlink()
+    (manifests.latest(trained.run).path / manifests.MANIFEST).unlink()
 
 
 @pytest.mark.parametrize(
@@ -307,7 +311,7 @@ def test_every_checkpoint_damaged(new, killed, seen) -> None:
     after = {p: p.stat().st_mtime_ns for p in trained.run.folder.rglob("*") if p.is_file()}
     assert {p for p in before if after.get(p) != before[p]} <= {trained.run.folder / ".lock"}
     with pytest.raises(CheckpointError, match="nothing was deleted"):
-        checkpoints.latest(trained.run)
+        manifests.latest(trained.run)
     seen.update(seen="a clear error, nothing deleted", weights="", seconds=round(trained.seconds))
 
 
@@ -330,7 +334,7 @@ def test_the_storage_full(new, undisturbed, small_file_system, seen) -> None:
     assert "StorageError: the storage ran full" in trained.output
     assert "MiB free, a checkpoint takes 1.8 MiB" in trained.output
     balloon.unlink()
-    assert checkpoints.latest(trained.run).step == 6
+    assert manifests.latest(trained.run).step == 6
     assert trained.train() == 0, trained.output
     assert trained.starts == [0, 6]
     same(trained, undisturbed, seen, "a clear error; with room again, resumed from step 6")
@@ -381,7 +385,7 @@ def test_other_numbers_of_workers(new, undisturbed, killed, seen) -> None:
     """2 → 1 → 2 workers, the driver killed between."""
     trained = new("workers", like=killed)
     trained.stop_at(10, signal.SIGKILL, workers=1)
-    newest = checkpoints.latest(trained.run)
+    newest = manifests.latest(trained.run)
     assert newest.world_size == 1
     assert trained.train(workers=2) == 0, trained.output
     assert "converted from 1 to 2 workers" in trained.output
@@ -414,11 +418,11 @@ def test_four_ranks_and_fifty_checkpoints(new, seen) -> None:
         most = max(most, len(kept))
         time.sleep(0.02)
     assert process.returncode == 0, process.stdout.read()
-    found = checkpoints.listing(trained.run)
+    found = manifests.listing(trained.run)
     assert all(c.whole for c in found) and [c.step for c in found][-2:] == [49, 50]
     assert len(found) <= 3 and most <= 4
     last = found[-1]
-    assert checkpoints.ranks_with_shards(last) == [0, 1, 2, 3]
+    assert manifests.ranks_with_shards(last) == [0, 1, 2, 3]
     on_disk = sum(f.stat().st_size for f in last.path.rglob("*") if f.is_file())
     assert on_disk <= 1.02 * last.bytes
     assert not list(trained.run.output.glob("checkpoint-*"))

@@ -9,16 +9,18 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from cpt_helpers import config, forecast, memory, models, planning, throughput
+from cpt_helpers import recipes
 from cpt_helpers.__main__ import main
+from cpt_helpers.config import flops, forecast, memory, planning
 from cpt_helpers.errors import ParameterError
+from cpt_helpers.setup import models
 
-Z3 = str(config.DEEPSPEED_CONFIGS / "ds_z3_config.json")
+Z3 = str(recipes.DEEPSPEED_CONFIGS / "ds_z3_config.json")
 
 
 @pytest.fixture(scope="module")
 def args(tiny_gemma3: Path) -> dict:
-    recipe = config.read_recipe("cpt_cpu.yaml")[1]
+    recipe = recipes.read_recipe("cpt_cpu.yaml")[1]
     return recipe | {
         "model_name_or_path": str(tiny_gemma3),
         "bf16": False,
@@ -29,7 +31,7 @@ def args(tiny_gemma3: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def gemma() -> tuple[dict, memory.Shape]:
-    recipe = config.read_recipe("cpt_deepspeed.yaml")[1] | {"deepspeed": Z3}
+    recipe = recipes.read_recipe("cpt_deepspeed.yaml")[1] | {"deepspeed": Z3}
     return recipe, memory.shape_of(recipe, planning.gemma_3_4b())
 
 
@@ -92,14 +94,14 @@ def test_flops_are_those_torch_counts(family: str, method: str) -> None:
     tokens = torch.arange(2 * 64).reshape(2, 64) % 500
     opened = {"full": None, "freeze": LAYERS - 2, "lora": 0}[method]
     seen = counted_by_torch(model, tokens, opened) / tokens.numel()
-    of_model = throughput.flops_per_token(model.config, *throughput.text_parameters(model), 64)
+    of_model = flops.flops_per_token(model.config, *flops.text_parameters(model), 64)
     assert of_model == pytest.approx(
         seen, rel=0.02
     )  # GPT-2's biases are counted and not multiplied
     if family == "gpt2" and method == "lora":
         return  # its layers are Conv1D, to which LLaMA-Factory's adapters do not go
     size = planning.model_size(FAMILIES[family], family, METHODS[method])
-    planned = throughput.flops_per_token(FAMILIES[family], size.text, size.backward, 64)
+    planned = flops.flops_per_token(FAMILIES[family], size.text, size.backward, 64)
     assert planned == pytest.approx(seen, rel=0.02)
 
 
@@ -113,7 +115,7 @@ def test_flops_without_gradient_checkpointing() -> None:
         parameter.requires_grad_(".5." in name)
     tokens = torch.arange(2 * 64).reshape(2, 64) % 500
     seen = counted_by_torch(model, tokens) / tokens.numel()
-    ours = throughput.flops_per_token(model.config, *throughput.text_parameters(model), 64)
+    ours = flops.flops_per_token(model.config, *flops.text_parameters(model), 64)
     assert seen <= ours <= 1.03 * seen
 
 
@@ -127,11 +129,11 @@ def test_windows_are_narrower(args: dict) -> None:
     )
     tokens = torch.arange(2 * 64).reshape(2, 64) % 500
     seen = counted_by_torch(model, tokens) / tokens.numel()
-    every, backward = throughput.text_parameters(model)
+    every, backward = flops.text_parameters(model)
     assert every == backward.trained == sum(p.numel() for p in model.parameters()), "tied, once"
-    ours = throughput.flops_per_token(model.config, every, backward, 64)
+    ours = flops.flops_per_token(model.config, every, backward, 64)
     width = model.config.num_attention_heads * model.config.head_dim
-    hidden = 12 * (width * 2 * 64 - throughput.attention_widths(model.config, 64))
+    hidden = 12 * (width * 2 * 64 - flops.attention_widths(model.config, 64))
     assert ours + hidden == pytest.approx(seen, rel=0.02)
 
 
@@ -143,7 +145,7 @@ def test_frozen_layers_and_images_cost_less(gemma: tuple[dict, memory.Shape]) ->
     assert shape.size.text == shape.size.backward.reached == shape.size.trained == 3_880_263_168
     assert other.text == shape.size.text and other.backward.lowest == 26
     both = [
-        throughput.flops_per_token(shape.config, size.text, size.backward, 512)
+        flops.flops_per_token(shape.config, size.text, size.backward, 512)
         for size in (shape.size, other)
     ]
     assert both[1] / both[0] == pytest.approx(0.52, abs=0.01)
@@ -278,8 +280,8 @@ def test_hours_and_price(gemma: tuple[dict, memory.Shape]) -> None:
         {"ray_num_workers": 8},
         {"disable_gradient_checkpointing": True},
         {"enable_liger_kernel": True},
-        {"deepspeed": str(config.DEEPSPEED_CONFIGS / "ds_z2_config.json")},
-        {"deepspeed": str(config.DEEPSPEED_CONFIGS / "ds_z3_offload_config.json")},
+        {"deepspeed": str(recipes.DEEPSPEED_CONFIGS / "ds_z2_config.json")},
+        {"deepspeed": str(recipes.DEEPSPEED_CONFIGS / "ds_z3_offload_config.json")},
     ],
     ids=lambda other: ",".join(other) + str(*other.values())[-24:],
 )
@@ -314,7 +316,7 @@ def test_memory_that_stays_unused(gemma: tuple[dict, memory.Shape]) -> None:
 def test_offloaded_states_and_gradients_are_on_the_host(gemma: tuple[dict, memory.Shape]) -> None:
     """DeepSpeed's own estimate for a host: 18 bytes a parameter and a factor of 1.5."""
     recipe, shape = gemma
-    file = str(config.DEEPSPEED_CONFIGS / "ds_z3_offload_config.json")
+    file = str(recipes.DEEPSPEED_CONFIGS / "ds_z3_offload_config.json")
     one = memory.of_worker(recipe | {"deepspeed": file, "ray_num_workers": 1}, shape)
     estimate = planning.zero_memory(shape.size, 1)[-1]["GiB of host memory"] * 2**30
     assert one.host == pytest.approx(estimate, rel=0.03)
@@ -340,7 +342,7 @@ def test_offloaded_states_and_gradients_are_on_the_host(gemma: tuple[dict, memor
     ],
 )
 def test_devices_by_name(name: str, key: str | None) -> None:
-    assert throughput.gpu_named(name) == key
+    assert flops.gpu_named(name) == key
 
 
 def test_a_gpu_nobody_knows(gemma: tuple[dict, memory.Shape]) -> None:

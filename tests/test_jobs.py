@@ -31,7 +31,7 @@ import psutil
 import pytest
 import yaml
 
-from cpt_helpers import checks
+from cpt_helpers import redact
 from cpt_helpers.__main__ import parser
 from cpt_helpers.run import PROJECT
 
@@ -61,7 +61,7 @@ def test_a_file_says_what_it_is_and_what_to_fill_in(path: Path) -> None:
     text = path.read_text("utf-8")
     assert text.startswith("# ") and "To fill in" in text
     assert not re.search(r"<your|<[a-z_-]+>", text), "a placeholder"
-    assert not checks.has_token(text)
+    assert not redact.has_token(text)
     assert all(len(line) <= 100 for line in text.splitlines())
 
 
@@ -161,7 +161,7 @@ print(json.dumps([job.to_dict(), said, options, parse_requirements_file(job.requ
 def test_no_secret_is_in_the_jobs_environment() -> None:
     for name in ("anyscale_job.yaml", "ray_job.yaml"):
         variables = yaml.safe_load((JOBS / name).read_text())["env_vars"]
-        assert not checks.has_token(variables)
+        assert not redact.has_token(variables)
         assert not [key for key in variables if re.search("TOKEN|SECRET|PASSWORD|KEY", key)]
 
 
@@ -410,7 +410,7 @@ def test_secrets_are_references_and_the_storage_is_everywhere() -> None:
     for pod in pods:
         (container,) = pod["containers"]
         for variable in container["env"]:
-            assert not checks.has_token(variable.get("value", ""))
+            assert not redact.has_token(variable.get("value", ""))
             if re.search("TOKEN|SECRET|PASSWORD|KEY", variable["name"]):
                 assert set(variable) == {"name", "valueFrom"}
                 assert set(variable["valueFrom"]) == {"secretKeyRef"}

@@ -12,11 +12,12 @@ import pytest
 from conftest import python
 from nodes import Node, cluster
 
-from cpt_helpers import config, node_checks
-from cpt_helpers.node_checks import Toolkit
+from cpt_helpers import recipes
+from cpt_helpers.config import node_checks
+from cpt_helpers.config.node_checks import Toolkit
 
-OFFLOAD = str(config.DEEPSPEED_CONFIGS / "ds_z3_offload_config.json")
-Z3 = str(config.DEEPSPEED_CONFIGS / "ds_z3_config.json")
+OFFLOAD = str(recipes.DEEPSPEED_CONFIGS / "ds_z3_offload_config.json")
+Z3 = str(recipes.DEEPSPEED_CONFIGS / "ds_z3_config.json")
 GIB = 2**30
 WHOLE = Toolkit("/usr/local/cuda", "12.8", "12.8", "13.3.0", True, False, 200 * GIB)
 
@@ -138,7 +139,7 @@ def test_gpu_nodes_of_a_cluster(tmp_path: Path) -> None:
     code = f"""
 import json, os
 from cpt_helpers import config, environment, node_checks, preflight
-args = config.read_recipe("cpt_1xH100.yaml")[1] | {{"deepspeed": {OFFLOAD!r}}}
+args = recipes.read_recipe("cpt_1xH100.yaml")[1] | {{"deepspeed": {OFFLOAD!r}}}
 args["resources_per_worker"] = {{"GPU": 1}}
 with environment.cluster() as ray:
     wider = preflight.placed(ray, args)

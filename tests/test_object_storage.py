@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from cpt_helpers import data
+from cpt_helpers.data import corpora
 from cpt_helpers.errors import DataError
 
 # moto's server wants another antlr4 than LLaMA-Factory's omegaconf: it lives apart.
@@ -72,17 +72,17 @@ def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_bucket(bucket: str, tmp_path: Path) -> None:
-    found = data.prepare(bucket, tmp_path, fraction=0.1)
+    found = corpora.prepare(bucket, tmp_path, fraction=0.1)
     assert found.name == "web" and found.records == 120
     assert found.key, "its marks say when it changes"
-    one = data.prepare(f"{bucket}/1.jsonl.gz", tmp_path, fraction=0.2)
+    one = corpora.prepare(f"{bucket}/1.jsonl.gz", tmp_path, fraction=0.2)
     assert one.records == 40
-    several = data.prepare(f"{bucket}/[01].jsonl.gz", tmp_path / "b", fraction=0.2)
+    several = corpora.prepare(f"{bucket}/[01].jsonl.gz", tmp_path / "b", fraction=0.2)
     assert several.records == 80
 
 
 def test_what_is_not_there(bucket: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"does not exist|no file with text"):
-        data.prepare("s3://corpora/nothing.jsonl", tmp_path)
+        corpora.prepare("s3://corpora/nothing.jsonl", tmp_path)
     with pytest.raises(DataError, match=r"does not exist|cannot be read|no file with text"):
-        data.prepare("s3://no-such-bucket/c.jsonl", tmp_path)
+        corpora.prepare("s3://no-such-bucket/c.jsonl", tmp_path)

@@ -9,9 +9,11 @@ from pathlib import Path
 import bpe
 import pytest
 
-from cpt_helpers import data, evaluation, mixing, models, packing
-from cpt_helpers.collator import BlockCollator
+from cpt_helpers.data import corpora, mixing, packing
 from cpt_helpers.errors import DataError
+from cpt_helpers.export import evaluation
+from cpt_helpers.setup import models
+from cpt_helpers.train.collator import BlockCollator
 
 FAMILIES = ("llama3", "llama2", "gemma")
 BLOCK = 64
@@ -100,7 +102,7 @@ def test_llamafactory_overwrites_a_token_or_forgets_bos(plain, documents) -> Non
 def test_what_the_workers_load_begins_with_bos(plain, corpus: Path, tmp_path: Path) -> None:
     from datasets import load_from_disk
 
-    handbook = data.prepare(str(corpus), tmp_path)
+    handbook = corpora.prepare(str(corpus), tmp_path)
     mix = mixing.mix([(handbook, 1)], [handbook], bpe.forcing_bos(plain), BLOCK)
     halves = load_from_disk(str(mix.path))
     assert len(halves) == 2
@@ -207,5 +209,5 @@ def test_perplexity_counts_separators_as_the_trainer_does(
         eval_dataset=Dataset.from_list(batch_of(blocks)),
     )
     loss = trainer.evaluate()["eval_loss"]
-    found = models.perplexity(model, tokenizer, texts, BLOCK)
+    found = evaluation.perplexity(model, tokenizer, texts, BLOCK)
     assert math.log(found) == pytest.approx(loss, rel=1e-6)

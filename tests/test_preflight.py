@@ -16,8 +16,10 @@ import yaml
 from conftest import python
 from nodes import Node, can_hide, cluster, free_port
 
-from cpt_helpers import config, data, environment, launch, preflight, variables
+from cpt_helpers import recipes
 from cpt_helpers.__main__ import main
+from cpt_helpers.config import preflight, resolution
+from cpt_helpers.data import corpora
 from cpt_helpers.errors import (
     AssetError,
     ConfigError,
@@ -27,6 +29,8 @@ from cpt_helpers.errors import (
     UnreadyError,
 )
 from cpt_helpers.run import PROJECT, Run
+from cpt_helpers.setup import environment
+from cpt_helpers.train import launch, worker_env
 
 RECIPES = sorted((PROJECT / "train-configs").glob("*.yaml"))
 SECONDS = 10
@@ -42,17 +46,17 @@ def in_time() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def run(storage: Path, corpus: Path, tiny_gemma3: Path) -> Run:
     """A run as notebooks 01 and 02 leave it."""
-    checks_loaded = config.read_recipe("cpt_cpu.yaml")
+    checks_loaded = recipes.read_recipe("cpt_cpu.yaml")
     assert checks_loaded
-    data.prepare(str(corpus), storage)
-    data.prepare("news", storage)
+    corpora.prepare(str(corpus), storage)
+    corpora.prepare("news", storage)
     return Run.open("preflight", storage)
 
 
 @pytest.fixture(scope="module")
 def args(run: Run, tiny_gemma3: Path) -> dict:
     model = {"model_name_or_path": str(tiny_gemma3), "report_to": "none"}
-    resolved = config.resolve(run, "cpt_cpu.yaml", model, "handbook")
+    resolved = resolution.resolve(run, "cpt_cpu.yaml", model, "handbook")
     return resolved.args | {"deepspeed": str(resolved.deepspeed)}  # the run's copy is not written
 
 
@@ -65,7 +69,7 @@ def ray(run: Run) -> Iterator:
 def refused(run: Run, tiny: Path, overrides: dict) -> str:
     with in_time(), pytest.raises(ConfigError) as error:
         model = {"model_name_or_path": str(tiny)}
-        config.resolve(run, "cpt_cpu.yaml", model | overrides, "handbook")
+        resolution.resolve(run, "cpt_cpu.yaml", model | overrides, "handbook")
     assert not run.folder.exists(), "nothing may be written"
     return str(error.value)
 
@@ -137,7 +141,7 @@ def test_variables_that_arrive_too_late(
 def test_what_ray_only_displays_is_a_warning(run: Run, tiny_gemma3: Path) -> None:
     overrides = {"model_name_or_path": str(tiny_gemma3)}
     overrides |= {"ray_init_kwargs": {"log_to_driver": True}}
-    (warning,) = config.resolve(run, "cpt_cpu.yaml", overrides, "handbook").warnings
+    (warning,) = resolution.resolve(run, "cpt_cpu.yaml", overrides, "handbook").warnings
     assert warning.what == "ray_init_kwargs: log_to_driver will be ignored"
 
 
@@ -184,7 +188,7 @@ def test_numbers_that_yaml_reads_as_text(run: Run, tiny_gemma3: Path, tmp_path: 
     recipe.write_text(text.replace("learning_rate: 2.5e-4", "learning_rate: 1e-4"))
     assert yaml.safe_load(recipe.read_text())["learning_rate"] == "1e-4", "YAML 1.1"
     model = {"model_name_or_path": str(tiny_gemma3)}
-    resolved = config.resolve(run, str(recipe), model, "handbook")
+    resolved = resolution.resolve(run, str(recipe), model, "handbook")
     assert resolved.args["learning_rate"] == 1e-4
 
 
@@ -303,7 +307,7 @@ import json, time
 from cpt_helpers import config, environment, forecast, preflight
 from cpt_helpers.errors import UnreadyError
 forecast.memory.model_size(forecast.planning.smollm2_135m(), "the libraries are loaded")
-args = config.read_recipe("cpt_deepspeed.yaml")[1]
+args = recipes.read_recipe("cpt_deepspeed.yaml")[1]
 args |= {{"deepspeed": {str(PROJECT / "deepspeed-configs" / "ds_z2_config.json")!r}}}
 with environment.cluster() as ray:
     since = time.monotonic()
@@ -327,7 +331,7 @@ def test_labels_of_gpus(run: Run) -> None:
 import json
 from cpt_helpers import config, environment, forecast, preflight
 from cpt_helpers.errors import UnreadyError
-args = config.read_recipe("cpt_4xA100-40G.yaml")[1] | {{"ray_num_workers": 1}}
+args = recipes.read_recipe("cpt_4xA100-40G.yaml")[1] | {{"ray_num_workers": 1}}
 asked = [args, args | {{"resources_per_worker": {{"GPU": 1, "accelerator_type:A100-40G": 0.001}}}}]
 said = []
 with environment.cluster() as ray:
@@ -463,7 +467,7 @@ def test_tracking_servers(run: Run, args: dict, hub: str, monkeypatch: pytest.Mo
         preflight.server(run, reporting)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "/Users/someone/cpt")
     assert "Databricks" in preflight.server(run, reporting)
-    assert not {n for n in variables.worker_environment(reporting) if n.startswith("DATABRICKS")}
+    assert not {n for n in worker_env.worker_environment(reporting) if n.startswith("DATABRICKS")}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -575,14 +579,14 @@ def test_warnings_stop_nothing(
     assert main(["train", "--dry-run", *given]) == 0
     assert "nothing to fix, 5 warnings" in capsys.readouterr().out
     warned = Run.open("warned", run.storage)
-    resolved = config.resolve(warned, str(mine), {}, "handbook")
+    resolved = resolution.resolve(warned, str(mine), {}, "handbook")
     findings = preflight.warned(resolved.warnings) + preflight.look(warned, resolved.args | {
         "deepspeed": str(resolved.deepspeed)}, ray)  # fmt: skip
     preflight.raise_if_wrong(findings)
     table = preflight.table(findings)
     assert list(table["level"])[:5] == ["warning"] * 5 and set(table["level"][5:]) == {"note"}
     assert all(table["do"][:5]) and not any(table["do"][5:])
-    config.write(warned, resolved)
-    preflight.before_launch(warned, config.load(warned))
+    resolution.write(warned, resolved)
+    preflight.before_launch(warned, recipes.load(warned))
     said = capsys.readouterr().out
     assert said.count("! recipe: ") == 5 and f"{warned.train_yaml}:" in said

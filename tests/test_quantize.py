@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from conftest import python
 
-from cpt_helpers import data, export, models, quantize
+from cpt_helpers.data import corpora
 from cpt_helpers.errors import AssetError, ExportError
-from cpt_helpers.quantize import NOTE, SCHEMES
+from cpt_helpers.export import evaluation, huggingface, quantization
+from cpt_helpers.export.quantization import NOTE, SCHEMES
+from cpt_helpers.setup import models
 
 pytestmark = pytest.mark.forms
 BLOCK = 64
@@ -34,7 +36,7 @@ print(json.dumps({{"logits": logits.tolist(), "said": tokenizer.decode(said[0, 8
 
 @pytest.fixture(scope="module")
 def exported(train_tiny, storage: Path) -> Path:
-    return export.export(train_tiny("full").output, storage / "forms" / "export")
+    return huggingface.export(train_tiny("full").output, storage / "forms" / "export")
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +45,10 @@ def forms(exported: Path, documents: list[str]) -> dict[str, Path]:
     for scheme in SCHEMES:
         made[scheme] = exported.with_name(scheme)
         texts = documents if scheme == "W4A16" else None
-        size = quantize.quantize(
+        size = quantization.quantize(
             exported, made[scheme], scheme, texts, samples=32, block_size=BLOCK
         )
-        assert size == quantize.size_of(made[scheme])
+        assert size == quantization.size_of(made[scheme])
     return made
 
 
@@ -69,11 +71,11 @@ def test_they_say_what_the_full_model_says(exported: Path, forms: dict[str, Path
 def test_perplexity_stays(
     exported: Path, forms: dict[str, Path], train_tiny, storage: Path, corpus: Path
 ) -> None:
-    held_out = list(data.texts_of(data.load(corpus.stem, storage).heldout))
+    held_out = list(corpora.texts_of(corpora.load(corpus.stem, storage).heldout))
     found = {}
     for name, folder in {"full": exported, **forms}.items():
         model, tokenizer = models.load(folder)
-        found[name] = models.perplexity(model, tokenizer, held_out, BLOCK)
+        found[name] = evaluation.perplexity(model, tokenizer, held_out, BLOCK)
     assert found["W8A16"] == pytest.approx(found["full"], rel=0.01), found
     assert found["W4A16"] == pytest.approx(found["full"], rel=0.05), found
 
@@ -104,29 +106,29 @@ def test_the_folder_is_what_vllm_takes(exported: Path, forms: dict[str, Path]) -
 def test_again(exported: Path, forms: dict[str, Path], documents: list[str]) -> None:
     folder = forms["W4A16"]
     before = (folder / "model.safetensors").stat()
-    size = quantize.quantize(exported, folder, "W4A16", documents, samples=32, block_size=BLOCK)
-    assert size == quantize.size_of(folder)
+    size = quantization.quantize(exported, folder, "W4A16", documents, samples=32, block_size=BLOCK)
+    assert size == quantization.size_of(folder)
     assert (folder / "model.safetensors").stat() == before, "left alone"
     for scheme, texts in (("W8A16", None), ("W4A16", documents[50:])):
         with pytest.raises(ExportError, match="holds something else"):
-            quantize.quantize(exported, folder, scheme, texts, samples=32, block_size=BLOCK)
+            quantization.quantize(exported, folder, scheme, texts, samples=32, block_size=BLOCK)
     with pytest.raises(ExportError, match="quantized already"):
-        quantize.quantize(folder, folder.with_name("twice"))
+        quantization.quantize(folder, folder.with_name("twice"))
 
 
 def test_what_cannot_be_quantized(tiny_gemma3: Path, tmp_path: Path) -> None:
     target = tmp_path / "q"
     with pytest.raises(ExportError, match=r"unknown scheme 'W4A8'\n.*W8A16, W4A16"):
-        quantize.quantize(tiny_gemma3, target, "W4A8")
+        quantization.quantize(tiny_gemma3, target, "W4A8")
     with pytest.raises(AssetError, match="is no model folder"):
-        quantize.quantize(tmp_path, target)
+        quantization.quantize(tmp_path, target)
     with pytest.raises(ExportError, match=r"no text to calibrate with\n.*none given"):
-        quantize.quantize(tiny_gemma3, target, "W4A16")
+        quantization.quantize(tiny_gemma3, target, "W4A16")
     with pytest.raises(ExportError, match="less than 256 tokens"):
-        quantize.quantize(tiny_gemma3, target, "W4A16", ["short"])
+        quantization.quantize(tiny_gemma3, target, "W4A16", ["short"])
     target.mkdir()
     with pytest.raises(ExportError, match="holds something else"):
-        quantize.quantize(tiny_gemma3, target)
+        quantization.quantize(tiny_gemma3, target)
     assert [path.name for path in tmp_path.iterdir()] == ["q"]
 
 
@@ -136,12 +138,12 @@ def test_an_adapter_is_merged_first(tmp_path: Path) -> None:
     (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "/models/base"}')
     for scheme in SCHEMES:
         with pytest.raises(ExportError, match="an adapter cannot be quantized") as refused:
-            quantize.quantize(adapter, tmp_path / "q", scheme, ["text"])
+            quantization.quantize(adapter, tmp_path / "q", scheme, ["text"])
         assert refused.value.where == str(adapter / "adapter_config.json")
         assert refused.value.expected.startswith("full weights")
         assert 'FORM = "merged" first' in refused.value.do
     with pytest.raises(ExportError, match="an adapter alone cannot be quantized"):
-        quantize.require("W8A16", "adapter")
+        quantization.require("W8A16", "adapter")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
@@ -151,7 +153,7 @@ def test_widths_that_no_group_divides(tiny_gemma3: Path, tmp_path: Path) -> None
     config = json.loads((odd / "config.json").read_text())
     (odd / "config.json").write_text(json.dumps(config | {"intermediate_size": 72}))
     with pytest.raises(ExportError, match=r"groups of inputs(.|\n)*widths 72\n(.|\n)*W8A16"):
-        quantize.quantize(odd, tmp_path / "q", "W4A16", ["text"])
+        quantization.quantize(odd, tmp_path / "q", "W4A16", ["text"])
 
 
 @pytest.mark.parametrize(
@@ -163,4 +165,4 @@ def test_the_group_is_the_largest_that_fits(widths: tuple[int, ...], group: int)
 
     layers = {f"l{i}": nn.Linear(width, 8, device="meta") for i, width in enumerate(widths)}
     layers["lm_head"] = nn.Linear(7, 8, device="meta")  # is not quantized
-    assert quantize.group_size(nn.ModuleDict(layers)) == group
+    assert quantization.group_size(nn.ModuleDict(layers)) == group

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cpt_helpers import checks, config, ranges
+from cpt_helpers import recipes
+from cpt_helpers.config import ranges, resolution
 from cpt_helpers.errors import ConfigError
 from cpt_helpers.run import PROJECT
 
@@ -28,7 +29,7 @@ vllm_maxlen
 
 def test_every_number_has_a_range() -> None:
     """A key of a new release is decided upon: a range, or a place among those nothing reads."""
-    numbers = {key for key, action in checks.known_keys().items() if action.type in (int, float)}
+    numbers = {key for key, action in recipes.known_keys().items() if action.type in (int, float)}
     in_table = {key for key in ranges.RANGES if "." not in key}
     assert in_table | set(UNREAD.split()) == numbers
     assert not in_table & set(UNREAD.split())
@@ -36,11 +37,11 @@ def test_every_number_has_a_range() -> None:
 
 def test_libraries_defaults_are_in_range() -> None:
     for key, allowed in ranges.RANGES.items():
-        action = checks.known_keys().get(key)
+        action = recipes.known_keys().get(key)
         if action is not None and action.default is not None:
             assert allowed.holds(action.default), (key, action.default)
     for path in RECIPES:
-        config.check_keys(str(path), {})
+        resolution.check_keys(str(path), {})
 
 
 def outside(allowed: ranges.Range) -> list[float]:
@@ -55,14 +56,14 @@ def outside(allowed: ranges.Range) -> list[float]:
 def test_numbers_out_of_range_are_refused_before_anything_is_fetched(key: str) -> None:
     allowed = ranges.RANGES[key]
     outer, _, inner = key.partition(".")
-    action = checks.known_keys()[outer]
+    action = recipes.known_keys()[outer]
     values = outside(allowed)
     if action.type is not int:
         values += [float("nan"), float("inf"), float("-inf")]
     for value in values:
         overrides = {outer: {inner: value} if inner else value}
         with pytest.raises(ConfigError) as refused:
-            config.check_keys("cpt_cpu.yaml", overrides)
+            resolution.check_keys("cpt_cpu.yaml", overrides)
         message = str(refused.value)
         assert key in message and allowed.unit in message and "OVERRIDES" in message
 
@@ -91,7 +92,7 @@ def test_numbers_out_of_range_are_refused_before_anything_is_fetched(key: str) -
 )
 def test_a_refused_number_says_what_to_write(overrides: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        config.check_keys("cpt_cpu.yaml", overrides)
+        resolution.check_keys("cpt_cpu.yaml", overrides)
 
 
 def test_where_a_wrong_number_stands(tmp_path: Path) -> None:
@@ -100,4 +101,4 @@ def test_where_a_wrong_number_stands(tmp_path: Path) -> None:
     mine.write_text(text.replace("cutoff_len: 256", "cutoff_len: -256"))
     line = text.splitlines().index(next(x for x in text.splitlines() if "cutoff_len:" in x)) + 1
     with pytest.raises(ConfigError, match=rf"mine\.yaml:{line}\b"):
-        config.check_keys(str(mine), {})
+        resolution.check_keys(str(mine), {})

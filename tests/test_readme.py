@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from cpt_helpers import checks
+from cpt_helpers import recipes
 from cpt_helpers.__main__ import parser
 from cpt_helpers.pipeline import NOTEBOOKS
 from cpt_helpers.run import PROJECT, STEPS
@@ -81,7 +81,7 @@ def check_settings(recipe: str, overrides: str, more: str) -> None:
     """A recipe, overrides and parameters as the command line gives them."""
     if recipe:
         assert (PROJECT / "train-configs" / Path(recipe).name).is_file(), recipe
-    assert set(yaml.safe_load(overrides or "{}")) <= set(checks.known_keys()), overrides
+    assert set(yaml.safe_load(overrides or "{}")) <= set(recipes.known_keys()), overrides
     assert set(yaml.safe_load(more or "{}")) <= set().union(*parameters().values()), more
 
 

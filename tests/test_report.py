@@ -12,11 +12,13 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from cpt_helpers import assessment, assets, cloze, curves, data, evaluation, models, report
-from cpt_helpers.cloze import Cloze, Item
+from cpt_helpers import plots
 from cpt_helpers.errors import DataError
-from cpt_helpers.evaluation import Document, Losses
+from cpt_helpers.export import assessment, cloze, evaluation, report
+from cpt_helpers.export.cloze import Cloze, Item
+from cpt_helpers.export.evaluation import Document, Losses
 from cpt_helpers.run import Run
+from cpt_helpers.setup import assets, models
 
 BLOCK = 96
 PROSE = (
@@ -272,7 +274,10 @@ def run(tmp_path_factory, held_out: list[str], tiny_gemma3: Path, taught: Path) 
     for name, texts in corpora.items():
         folder = run.storage / "corpora" / name
         assets.write_jsonl(folder / "heldout.jsonl", texts)
-        fields = dict.fromkeys(data.Corpus.__dataclass_fields__, 0) | {"name": name, "folder": ""}
+        fields = dict.fromkeys(corpora.Corpus.__dataclass_fields__, 0) | {
+            "name": name,
+            "folder": "",
+        }
         (folder / "corpus.json").write_text(json.dumps(fields))
     run.config_dir.mkdir(parents=True)
     run.logs.mkdir()
@@ -285,7 +290,7 @@ def run(tmp_path_factory, held_out: list[str], tiny_gemma3: Path, taught: Path) 
         "cutoff_len": BLOCK,
         "hf_hub_token": "canary-of-a-token",
     }
-    run.train_yaml.write_text(yaml.safe_dump(args))
+    run.train_yaml.write_text(yaml.safe_dump(dict(args)))
     run.record("01_setup", {"versions": {"torch": "9.8.7"}})
     run.record("03_config", {"config": {"recipe": "cpt_cpu.yaml"}})
     (run.logs / "launched.json").write_text(json.dumps({"launched": [1000.0]}))
@@ -399,6 +404,6 @@ def test_a_beginning_keeps_its_lines() -> None:
 def test_old_events_tell_less(tmp_path: Path) -> None:
     """Runs of before memory and MFU were recorded."""
     kept = [{k: v for k, v in e.items() if k not in ("memory", "mfu")} for e in events()]
-    found = curves.costs(SimpleNamespace(events=lambda: kept))
+    found = plots.costs(SimpleNamespace(events=lambda: kept))
     assert found["tokens"] == 4096 and not {"mfu", "peak_memory"} & set(found)
-    assert curves.costs(SimpleNamespace(events=list)) == {}
+    assert plots.costs(SimpleNamespace(events=list)) == {}

@@ -10,14 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from cpt_helpers import curves, environment, notebook, pipeline, run, show
-from cpt_helpers.errors import (
-    ParameterError,
-    RunExistsError,
-    StepError,
-    StorageError,
-    UnreadyError,
-)
+from cpt_helpers import display, notebook, pipeline, plots, run
+from cpt_helpers.errors import ParameterError, RunExistsError, StepError, StorageError, UnreadyError
+from cpt_helpers.setup import environment
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "../up", "-x", "models", "x" * 65, "a b", None, 7])
@@ -101,7 +96,7 @@ def test_the_progress_line_says_what_is_being_done(tmp_path: Path) -> None:
     ):
         lines = [json.dumps(e | (measures if e is begun else {})) + "\n" for e in events]
         here.metrics.write_text("".join(lines))
-        assert show.progress(here)[2].endswith(said)
+        assert display.progress(here)[2].endswith(said)
 
 
 def test_overrides_in_any_form() -> None:
@@ -182,7 +177,7 @@ def test_the_time_of_a_launch_is_shared_out_whole(tmp_path: Path) -> None:
            ("step", 6, 210.0), ("end", 6, 214.0)]  # fmt: skip
     lines = [{"event": what, "step": step, "time": at, "seconds": 10.0} for what, step, at in log]
     opened.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    spent = curves.time_spent(opened)
+    spent = plots.time_spent(opened)
     assert spent == {
         "start-up": 30.0 + 30.0,
         "steps": 20.0 + 10.0 + 10.0,  # 4 and, not logged, 5; then 6 again
@@ -191,7 +186,7 @@ def test_the_time_of_a_launch_is_shared_out_whole(tmp_path: Path) -> None:
         "final save": 4.0,
     }
     assert sum(spent.values()) == 214.0 - 100.0
-    (axes,) = curves.plot_time(spent).axes
+    (axes,) = plots.plot_time(spent).axes
     assert [bar.get_width() for bar in axes.patches] == list(spent.values())
     assert axes.get_legend_handles_labels()[1][1] == "steps\n40 s · 35%"
 

@@ -20,19 +20,13 @@ import yaml
 from conftest import python
 from nodes import free_port
 
-from cpt_helpers import (
-    assets,
-    config,
-    data,
-    export,
-    model_registry,
-    models,
-    quantize,
-    serving,
-    tracking,
-)
+from cpt_helpers import recipes
+from cpt_helpers.data import corpora
 from cpt_helpers.errors import ExportError, TrackingError
+from cpt_helpers.export import evaluation, huggingface, model_registry, quantization, serving
 from cpt_helpers.run import PROJECT, Run
+from cpt_helpers.setup import assets, models
+from cpt_helpers.train import tracking
 
 pytestmark = pytest.mark.forms
 CONFIGS = PROJECT / "serving-configs"
@@ -42,7 +36,7 @@ PROMPT = "The number of workers of a cluster is"
 
 @pytest.fixture(scope="module")
 def exported(train_tiny, storage: Path) -> Path:
-    return export.export(train_tiny("full").output, storage / "serving" / "export")
+    return huggingface.export(train_tiny("full").output, storage / "serving" / "export")
 
 
 @contextlib.contextmanager
@@ -88,7 +82,7 @@ def test_a_server_is_asked_by_openais_client(form: str, exported: Path, tmp_path
     folder = exported
     if form != "full":
         folder = tmp_path / form
-        quantize.quantize(exported, folder, form)
+        quantization.quantize(exported, folder, form)
     with served(folder, tmp_path / "server.log") as url:
         client = openai.OpenAI(base_url=url, api_key="none", timeout=60)
         assert [model.id for model in client.models.list()] == ["cpt"]
@@ -139,10 +133,10 @@ def test_adapters_on_one_base(
         model.load_adapter(target / name, adapter_name=name)
     found = {}
     for text in adapters:
-        held_out = list(data.texts_of(data.load(text, storage).heldout))
+        held_out = list(corpora.texts_of(corpora.load(text, storage).heldout))
         for name in adapters:
             model.set_adapter(name)
-            found[text, name] = models.perplexity(model.eval(), tokenizer, held_out, 64)
+            found[text, name] = evaluation.perplexity(model.eval(), tokenizer, held_out, 64)
     # A few steps of a random model: one may be better on both, but more so on its own.
     on = {t: found[t, "handbook"] / found[t, "source"] for t in ("handbook", "source")}
     assert on["handbook"] < 0.995 * on["source"], found
@@ -183,7 +177,7 @@ for name, given in json.loads({text!r}).items():
     (app,) = ServeDeploySchema(**given).applications
     try:
         (config,) = LLMServingArgs.model_validate(app.args).parse_args().llm_configs
-        found[name] = config.model_dump(mode="json", exclude_unset=True)
+        found[name] = resolution.model_dump(mode="json", exclude_unset=True)
     except ValueError as error:
         found[name] = str(error)
 print(json.dumps(found))
@@ -252,7 +246,7 @@ def test_a_registered_model_is_found_and_asked(
     run = train_tiny("full")
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    args = config.load(run) | {"report_to": "mlflow"}
+    args = recipes.load(run) | {"report_to": "mlflow"}
     known = {"path": str(exported), "perplexity": {"domain": 12.5}}
     assert model_registry.register(run, args | {"report_to": "none"}, known) is None
     assert not (tmp_path / "mlflow.db").exists(), "report_to: none asks nothing of MLflow"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from cpt_helpers import cleaning, data, files, reading, sources
+from cpt_helpers.data import cleaning, corpora, files, ingest, sources
 from cpt_helpers.errors import DataError
 
 TEXTS = [f"document {i}: «Käse» costs {i} €\nsecond line" for i in range(40)]
@@ -145,7 +145,7 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     (tmp_path / "open.csv").write_text('id,text\n1,"never closed\n2,good\n')
     assert "not CSV" in problems(str(tmp_path / "open.csv"))[-1]
     with pytest.raises(DataError, match="ends in the middle"):  # whatever is tolerated
-        data.prepare(str(tmp_path / "cut.jsonl.gz"), tmp_path / "s", tolerate=0.5)
+        corpora.prepare(str(tmp_path / "cut.jsonl.gz"), tmp_path / "s", tolerate=0.5)
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 and no more")
     assert "not Parquet" in problems(str(tmp_path / "cut.parquet"))[0]
     (tmp_path / "cut.json").write_text('[{"text": "a"}, {"text": "b')
@@ -188,17 +188,17 @@ def test_mixed_shards_and_those_done_are_not_done_again(tmp_path: Path, monkeypa
     (folder / "1.jsonl").write_bytes(b"")  # an empty one among good ones
     (folder / "3.jsonl").write_bytes(jsonl(["x"]) + '{"text": "Käse"}'.encode("latin-1"))
     with pytest.raises(DataError, match=r"3\.jsonl:2: not UTF-8"):
-        data.prepare(str(folder), tmp_path)
+        corpora.prepare(str(folder), tmp_path)
     (folder / "3.jsonl").write_bytes(jsonl(["mended"]))
     done: list[str] = []
-    work = reading.read
+    work = ingest.read
     monkeypatch.setattr(
-        reading, "read", lambda shard, *a, **k: done.append(shard.name) or work(shard, *a, **k)
+        ingest, "read", lambda shard, *a, **k: done.append(shard.name) or work(shard, *a, **k)
     )
-    found = data.prepare(str(folder), tmp_path)
+    found = corpora.prepare(str(folder), tmp_path)
     assert done == ["3.jsonl"]
     assert found.records == 61
-    data.prepare(str(folder), tmp_path)
+    corpora.prepare(str(folder), tmp_path)
     assert done == ["3.jsonl"], "nothing was read again"
 
 
@@ -272,7 +272,7 @@ def test_another_encoding_is_one_error(tmp_path: Path, name: str, encoding: str)
     (tmp_path / name).write_bytes(gzip.compress(data_of) if name.endswith(".gz") else data_of)
     code = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
     with pytest.raises(DataError) as refused:  # whatever is tolerated
-        data.prepare(str(tmp_path / name), tmp_path / "s", tolerate=0.9)
+        corpora.prepare(str(tmp_path / name), tmp_path / "s", tolerate=0.9)
     message = str(refused.value)
     assert f"encoded as {code}, not as UTF-8\n  where:    {tmp_path / name}\n" in message
     assert f"iconv -f {code} -t UTF-8" in message and "not JSON" not in message

@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 from nodes import free_port
 
-from cpt_helpers import model_registry, pipeline, sources, tracking, tracking_store
+from cpt_helpers import pipeline
+from cpt_helpers.data import sources
 from cpt_helpers.errors import CptError, DataError, ParameterError, TrackingError
+from cpt_helpers.export import model_registry
 from cpt_helpers.notebook import defining_parameters
 from cpt_helpers.redact import redact
 from cpt_helpers.run import Run
+from cpt_helpers.setup import tracking_store
+from cpt_helpers.train import tracking
 
 CANARY = "canary-inside-a-uri"
 ARGS = {

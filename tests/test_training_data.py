@@ -12,15 +12,17 @@ import pytest
 import yaml
 from papermill.exceptions import PapermillExecutionError
 
-from cpt_helpers import assets, config, data, mixing, notebook, pipeline, training_data
+from cpt_helpers import notebook, pipeline, recipes
+from cpt_helpers.data import corpora, mixing, preparation
 from cpt_helpers.errors import ConfigError, DataError
 from cpt_helpers.run import Run
+from cpt_helpers.setup import assets
 
 
 @pytest.fixture
 def recipe(tiny_gemma3: Path, tmp_path: Path) -> Path:
     """The CPU recipe for the tiny model, with few steps of short blocks, and ``max_samples``."""
-    given = config.read_recipe("cpt_cpu.yaml")[1] | {
+    given = recipes.read_recipe("cpt_cpu.yaml")[1] | {
         "model_name_or_path": str(tiny_gemma3),
         "max_samples": 300,
         "max_steps": "8",  # as text, which LLaMA-Factory takes
@@ -54,8 +56,8 @@ def test_one_recipe_gives_the_same_blocks_both_ways(
 ) -> None:
     run = Run.open("train", place)
     pipeline.configure(run, str(recipe), str(corpus), {})
-    args = config.load(run)
-    assert data.load("handbook", place).records == 300, "max_samples of the recipe"
+    args = recipes.load(run)
+    assert corpora.load("handbook", place).records == 300, "max_samples of the recipe"
     results = by_notebook(recipe, corpus, place)
     assert results["tokenized_path"] == args["tokenized_path"]
     assert results["datasets"] == args["dataset"] == "handbook"
@@ -122,12 +124,12 @@ def test_without_evaluation_no_held_out_block_is_needed(
 
 def splits(run: Run) -> list[str]:
     """What the workers load."""
-    index = Path(config.load(run)["tokenized_path"]) / "dataset_dict.json"
+    index = Path(recipes.load(run)["tokenized_path"]) / "dataset_dict.json"
     return json.loads(index.read_text())["splits"]
 
 
 def heldout_tokens(recipe: Path, corpus: Path, place: Path) -> int:
-    chosen = training_data.prepare(str(recipe), {}, place, corpus=str(corpus))
+    chosen = preparation.prepare(str(recipe), {}, place, corpus=str(corpus))
     tokenizer = assets.tokenizer_of(chosen.recipe["model_name_or_path"])
     return mixing.tokenise(chosen.domain, tokenizer, 64, held_out=True).tokens
 
@@ -143,7 +145,7 @@ def test_more_steps_than_the_corpus_lasts_are_refused_as_in_notebook_03(
 
 def test_a_key_that_is_taken_out_has_its_default(recipe: Path, corpus: Path, place: Path) -> None:
     none = {"max_samples": None, "max_steps": None, "seed": None, "cutoff_len": None}
-    chosen = training_data.prepare(str(recipe), none, place, corpus=str(corpus))
+    chosen = preparation.prepare(str(recipe), none, place, corpus=str(corpus))
     assert chosen.domain.records == 400
     tokenizer = assets.tokenizer_of(chosen.recipe["model_name_or_path"])
     assert chosen.blocks(tokenizer).block_size == 2048

@@ -17,21 +17,15 @@ import pytest
 import yaml
 from nodes import Node, can_hide, cluster
 
-from cpt_helpers import (
-    assets,
-    checkpoints,
-    config,
-    data,
-    launch,
-    model_registry,
-    models,
-    pipeline,
-    quantize,
-    tracking,
-)
+from cpt_helpers import pipeline, recipes
+from cpt_helpers.checkpoints import manifests
+from cpt_helpers.data import corpora
 from cpt_helpers.errors import RunExistsError, TrainingError
+from cpt_helpers.export import evaluation, model_registry, quantization
 from cpt_helpers.notebook import begin
 from cpt_helpers.run import PROJECT, STEPS, Run
+from cpt_helpers.setup import assets, models
+from cpt_helpers.train import launch, tracking
 
 pytestmark = pytest.mark.training
 
@@ -122,10 +116,10 @@ def test_the_logs_show_two_ranks_under_zero_3(walked: Run) -> None:
 
 
 def test_each_rank_has_its_shard_and_each_checkpoint_is_there_once(walked: Run) -> None:
-    found = checkpoints.listing(walked)
+    found = manifests.listing(walked)
     assert [c.step for c in found] == [5, 10, STEPS_TAKEN]
     for checkpoint in found:
-        assert checkpoints.ranks_with_shards(checkpoint) == [0, 1]
+        assert manifests.ranks_with_shards(checkpoint) == [0, 1]
         names = {row["file"] for row in checkpoint.files()}
         assert {
             "model.safetensors",
@@ -145,10 +139,10 @@ def test_perplexity_is_what_plain_transformers_measures(
 ) -> None:
     """Before: the base model. After: the exported one. Neither by the trainer."""
     for role, name in (("domain", "handbook"), ("general", "news")):
-        texts = list(data.texts_of(data.load(name, walked.storage).heldout))
+        texts = list(corpora.texts_of(corpora.load(name, walked.storage).heldout))
         for when, folder in (("before", tiny_gemma3), ("after", walked.export)):
             model, tokenizer = models.load(folder, dtype="float32")
-            again = models.perplexity(model, tokenizer, texts, BLOCK)
+            again = evaluation.perplexity(model, tokenizer, texts, BLOCK)
             assert results["perplexity"][role][when] == pytest.approx(again, rel=1e-3), (role, when)
     domain = results["perplexity"]["domain"]
     assert domain["after"] < 0.8 * domain["before"]
@@ -163,7 +157,7 @@ def test_the_export_is_the_checkpoint_and_nothing_more(walked: Run, results: dic
     names = {path.name for path in walked.export.iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= names
     assert not {"training_args.bin", "trainer_state.json", "optimizer.pt"} & names
-    trained = load_file(checkpoints.latest(walked).model / "model.safetensors")
+    trained = load_file(manifests.latest(walked).model / "model.safetensors")
     exported = load_file(walked.export / "model.safetensors")
     assert set(exported) <= set(trained)
     assert all(exported[name].equal(trained[name]) for name in exported)
@@ -204,10 +198,10 @@ def test_mlflow_has_the_run(walked: Run) -> None:
 
 
 def test_held_out_documents_were_not_trained_on(walked: Run) -> None:
-    args = config.load(walked)
+    args = recipes.load(walked)
     assert args["dataset"] == "handbook"
-    corpus = data.load("handbook", walked.storage)
-    assert not set(data.texts_of(corpus.train)) & set(data.texts_of(corpus.heldout))
+    corpus = corpora.load("handbook", walked.storage)
+    assert not set(corpora.texts_of(corpus.train)) & set(corpora.texts_of(corpus.heldout))
 
 
 def test_fewer_bits_are_written_and_the_export_is_registered(walked: Run, results: dict) -> None:
@@ -217,11 +211,11 @@ def test_fewer_bits_are_written_and_the_export_is_registered(walked: Run, result
     for role, value in results["export"]["perplexity"].items():
         assert full[f"perplexity, {role}"] == value
         assert fewer[f"perplexity, {role}"] == pytest.approx(value, rel=0.02)
-    note = json.loads((walked.folder / "export-w8a16" / quantize.NOTE).read_text())
+    note = json.loads((walked.folder / "export-w8a16" / quantization.NOTE).read_text())
     assert note["model"] == str(walked.export)
     assert results["export"]["registered"] == 1
     folder, tags = model_registry.registered(f"sqlite:///{walked.mlflow_db}", walked.name)
-    assert folder == walked.export and tags["cpt.data"] == config.load(walked)["dataset"]
+    assert folder == walked.export and tags["cpt.data"] == recipes.load(walked)["dataset"]
 
 
 def said_in(copy: Path, stream: str) -> str:
@@ -249,7 +243,7 @@ def test_step_6_continues_the_prompt_of_step_1(walked: Run) -> None:
 
 
 def test_every_checkpoint_can_be_the_best(walked: Run) -> None:
-    for checkpoint in checkpoints.listing(walked):
+    for checkpoint in manifests.listing(walked):
         assert {"handbook_heldout", "news_heldout"} <= set(checkpoint.losses), checkpoint.step
 
 
@@ -306,14 +300,14 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(walked: Run) -> None:
     """Interrupted after step 10, by all its files say: it goes on from there, bit for bit."""
     run = Run.open("resumed", walked.storage)
     shutil.copytree(walked.folder, run.folder)
-    (_, ten, last) = checkpoints.listing(run)
+    (_, ten, last) = manifests.listing(run)
     shutil.rmtree(last.path)
     shutil.rmtree(run.output)
     events = [event for event in walked.events() if event["step"] <= 10]
     run.metrics.write_text("".join(json.dumps(event) + "\n" for event in events))
-    assert run.state == "started" and checkpoints.latest(run) == ten
+    assert run.state == "started" and manifests.latest(run) == ten
     own = {"output_dir": str(run.output), "ray_run_name": run.name, "report_to": "none"}
-    launch.train(run, config.load(walked) | own)
+    launch.train(run, recipes.load(walked) | own)
     ours = [event for event in run.events() if event["event"] == "step"]
     theirs = [event for event in walked.events() if event["event"] == "step"]
     assert [(e["step"], e["loss"]) for e in ours] == [(e["step"], e["loss"]) for e in theirs]
@@ -324,7 +318,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(walked: Run) -> None:
 def test_a_failing_worker_is_one_readable_error(walked: Run) -> None:
     """A template LLaMA-Factory does not know passes every check of ours and stops in the worker."""
     run = Run.open("failing", walked.storage)
-    args = config.load(walked) | {"template": "no_such_template", "report_to": "none"}
+    args = recipes.load(walked) | {"template": "no_such_template", "report_to": "none"}
     args |= {"output_dir": str(run.output), "ray_run_name": run.name}
     with pytest.raises(TrainingError) as failed:
         launch.train(run, args)
@@ -365,13 +359,13 @@ def spread(walked: Run, mlflow_server: str) -> Run:
     if not can_hide():
         pytest.skip("needs mounts of its own (root, or user namespaces)")
     run = Run.open("spread", walked.storage)
-    args = config.load(walked) | {"placement_strategy": "STRICT_SPREAD"}
+    args = recipes.load(walked) | {"placement_strategy": "STRICT_SPREAD"}
     own = {"output_dir": run.output, "ray_run_name": run.name, "run_name": run.name}
     args |= {key: str(value) for key, value in own.items()}
     read_on_import = {"TORCH_DISTRIBUTED_DEBUG": "INFO"}
     args["ray_init_kwargs"] = {"runtime_env": {"env_vars": read_on_import}}
     run.config_dir.mkdir(parents=True)
-    run.train_yaml.write_text(yaml.safe_dump(args))
+    run.train_yaml.write_text(yaml.safe_dump(dict(args)))
     shutil.copy(args["deepspeed"], run.config_dir)
     tests = str(Path(__file__).parent)
     path = f"{tests}:{os.environ.get('PYTHONPATH', '')}"
@@ -404,7 +398,7 @@ def test_two_nodes_end_in_the_same_weights(walked: Run, spread: Run) -> None:
         assert rank["token"] == token, "the driver's token did not reach a node started without it"
     packages = [rank["package"] for rank in seen]
     assert any("py_modules" in package for package in packages), "cpt_helpers was not shipped"
-    assert [c.step for c in checkpoints.listing(spread)] == [5, 10, STEPS_TAKEN]
+    assert [c.step for c in manifests.listing(spread)] == [5, 10, STEPS_TAKEN]
     assert not holding([*CANARIES.values(), URI_CANARY], spread.folder)
 
 
@@ -425,7 +419,7 @@ def test_a_tracking_server_has_everything(spread: Run, mlflow_server: str, tmp_p
     mlflow.set_tracking_uri(f"sqlite:///{spread.mlflow_db}")  # as another run of this kernel may
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
-        tracking.add_export(spread, config.load(spread), exported)
+        tracking.add_export(spread, recipes.load(spread), exported)
         mlflow.set_tracking_uri(mlflow_server)
     where = Path(client.download_artifacts(found.info.run_id, "", str(tmp_path)))
     names = {str(path.relative_to(where)) for path in where.rglob("*") if path.is_file()}

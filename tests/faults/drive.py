@@ -6,11 +6,13 @@ import json
 import sys
 from pathlib import Path
 
+from cpt_helpers import recipes
+
 
 def main() -> None:
-    from cpt_helpers import config, launch, worker
     from cpt_helpers.errors import CptError
     from cpt_helpers.run import Run
+    from cpt_helpers.train import launch, worker
     from faults import plant
 
     storage, name, options = sys.argv[1:]
@@ -18,7 +20,7 @@ def main() -> None:
     run = Run(name, Path(storage))
     worker.train_loop = plant.train_loop
     try:
-        launch.train(run, config.load(run), **given)
+        launch.train(run, recipes.load(run), **given)
     except CptError as error:
         print(f"{type(error).__name__}: {error}", flush=True)
         sys.exit(1)

@@ -27,7 +27,7 @@ def train_loop(config: dict[str, Any]) -> None:
     """The product's own loop, with the faults planted first."""
     import ray.train
 
-    from cpt_helpers.worker import train_loop as own
+    from cpt_helpers.train.worker import train_loop as own
 
     folder = Path(config["storage"], config["run"])
     rank = ray.train.get_context().get_world_rank()
@@ -150,9 +150,9 @@ def _in_shard(step: int, strike: Any) -> None:
 
 
 def _in_hand_over(step: int, strike: Any) -> None:
-    from cpt_helpers import checkpoints
+    from cpt_helpers.checkpoints import manifests
 
-    move = checkpoints.move_own
+    move = manifests.move_own
 
     def one_file(written: Path, target: Path, rank: int) -> Any:
         if written.name == f"checkpoint-{step}":
@@ -162,4 +162,4 @@ def _in_hand_over(step: int, strike: Any) -> None:
             strike()
         return move(written, target, rank)
 
-    checkpoints.move_own = one_file
+    manifests.move_own = one_file

@@ -1,0 +1,266 @@
+"""What training sees: documents joined by a separator, cut into blocks, tokenised once.
+
+Workers load the blocks from the storage (``tokenized_path``); none of them tokenises.
+
+Some tokenizers put a BOS token in front of every text: Gemma's, Llama's, Mistral's. Their models
+fail without it: the perplexity of Gemma 7B on LAMBADA is 5.9e9 without and 3.5 with BOS
+(EleutherAI/lm-evaluation-harness#1465). So every block begins with BOS, also where a document
+continues. Inside a block each document has its BOS too, after the separator of the one before.
+Open pre-trainings of such models join documents this way, such as torchtitan's of Llama 3
+(``hf_datasets.py``: ``bos=True, eos=True``). A prompt begins with BOS when the model is served.
+A model that sees BOS at block starts alone learns that BOS precedes the middle of a document.
+
+LLaMA-Factory 0.9.3 overwrites the first token of each block with BOS, and so loses that token.
+It puts no BOS in front of documents inside a block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DataError
+from ..recipes import HELD_OUT
+from ..run import in_one_piece, write_json
+from . import corpora
+from .corpora import Corpus
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedTokenizerBase
+
+FORM = 2  # of what is kept on the storage; another one is made anew
+_BATCH, _CHARACTERS = 512, 4_000_000  # documents, and characters, tokenised at once by all cores
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Documents as training sees them.
+
+    Attributes:
+        blocks: Lists of ``block_size`` token ids.
+        lengths: Tokens of each document, its separator and its BOS included.
+        dropped: Tokens of the last block, which was not full.
+    """
+
+    blocks: list[list[int]]
+    lengths: list[int]
+    dropped: int
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A half of a corpus as blocks on the storage.
+
+    Attributes:
+        name: The dataset's name in the registry.
+        folder: Holds ``blocks.arrow``.
+        block_size: Tokens in a block.
+        documents: Documents in it.
+        tokens: Tokens in all, with separators, and BOS of documents and blocks.
+        blocks: Blocks they fill.
+        dropped: Tokens at the end that fill no block.
+        histogram: Documents by their length in tokens, in powers of two: ``{"64": 12, …}``.
+    """
+
+    name: str
+    folder: Path
+    block_size: int
+    documents: int
+    tokens: int
+    blocks: int
+    dropped: int
+    histogram: dict[str, int] = field(repr=False)
+
+
+class _Packer:
+    """Joins documents and cuts blocks as they come; counts what goes in and what stays over."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, block_size: int) -> None:
+        if block_size < 2:
+            raise DataError(
+                f"blocks of {block_size} tokens have nothing to predict",
+                where=f"cutoff_len: {block_size}",
+                expected="two or more; 512 to 4,096 are usual",
+                do="correct cutoff_len",
+            )
+        self.tokenizer, self.block_size = tokenizer, block_size
+        self.lengths: list[int] = []
+        self.tokens = self.dropped = 0
+        self.bos = forced_bos(tokenizer)
+        self.before = [] if self.bos is None else [self.bos]
+        self.after = [tokenizer.eos_token_id]
+        self.fast = _plain(tokenizer)
+
+    def blocks(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+        """Arrays of whole blocks, shape ``(n, block_size)``, int32."""
+        import numpy as np
+
+        rest = np.zeros(0, dtype=np.int32)
+        for batch in _batches(texts, _BATCH):
+            pieces = [rest]
+            for ids in self._encode(batch):
+                ids = [*self.before, *ids, *self.after]
+                self.lengths.append(len(ids))
+                pieces.append(np.array(ids, dtype=np.int32))
+            whole, rest = self._cut(np.concatenate(pieces))
+            self.tokens += whole.size
+            if len(whole):
+                yield whole
+        self.dropped = len(rest)
+        self.tokens += self.dropped
+
+    def _cut(self, joined: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Whole blocks, and the rest, which fills none."""
+        import numpy as np
+
+        bos, none = np.array(self.before, dtype=np.int32), joined[:0]
+        blocks, start = [], 0
+        while start < len(joined):
+            # A block that begins with a document has that document's BOS.
+            head = none if joined[start] == self.bos else bos
+            end = start + self.block_size - len(head)
+            if end > len(joined):
+                break
+            blocks.append(np.concatenate([head, joined[start:end]]))
+            start = end
+        return np.array(blocks, dtype=np.int32).reshape(-1, self.block_size), joined[start:]
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        if self.fast is None:  # a tokenizer in Python only
+            return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        encode = getattr(self.fast, "encode_batch_fast", self.fast.encode_batch)  # no offsets
+        return [encoded.ids for encoded in encode(texts, add_special_tokens=False)]
+
+
+def forced_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id of the BOS token where the tokenizer puts it in front of every text, else ``None``.
+
+    What the tokenizer does decides, since servers do the same. LLaMA-Factory 0.9.3 asks for the
+    attribute ``add_bos_token``. Llama 3's tokenizer has no such attribute: its post-processor adds
+    BOS, and LLaMA-Factory trains it without.
+
+    Args:
+        tokenizer: The model's.
+    """
+    first = tokenizer("a")["input_ids"][0]
+    return first if first == tokenizer.bos_token_id else None
+
+
+def pack(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, block_size: int) -> Packed:
+    """Joins documents by the end-of-sequence token and cuts blocks, in memory.
+
+    Args:
+        texts: The documents.
+        tokenizer: The model's; where it forces BOS, each document and each block begins with it.
+        block_size: ``cutoff_len``, in tokens; two or more.
+    """
+    packer = _Packer(tokenizer, block_size)
+    blocks = [block for some in packer.blocks(texts) for block in some.tolist()]
+    return Packed(blocks, packer.lengths, packer.dropped)
+
+
+def tokenise(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, block_size: int, *, held_out: bool
+) -> Blocks:
+    """Half a corpus as blocks on the storage, in ``tokenised/``; made once.
+
+    Args:
+        corpus: From :func:`corpora.prepare`.
+        tokenizer: The model's.
+        block_size: ``cutoff_len``, in tokens.
+        held_out: Which half.
+    """
+    name = corpus.name + (HELD_OUT if held_out else "")
+    storage = corpus.folder.parent.parent
+    what = [FORM, corpus.sha256, corpus.fraction, held_out, block_size, fingerprint(tokenizer)]
+    folder = storage / "tokenised" / f"{name}-{key_of(what)}"
+    facts = folder / "blocks.json"
+    if facts.is_file():
+        return Blocks(**json.loads(facts.read_text("utf-8")) | {"folder": folder, "name": name})
+    with in_one_piece(folder) as new:
+        packer = _Packer(tokenizer, block_size)
+        written = _arrow(
+            new / "blocks.arrow", packer.blocks(corpora.texts_of(corpus.half(held_out=held_out)))
+        )
+        histogram: dict[str, int] = {}
+        for length in packer.lengths:
+            bucket = str(2 ** max(math.ceil(math.log2(max(length, 1))), 0))
+            histogram[bucket] = histogram.get(bucket, 0) + 1
+        found = Blocks(
+            name=name,
+            folder=folder,
+            block_size=block_size,
+            documents=len(packer.lengths),
+            tokens=packer.tokens,
+            blocks=written,
+            dropped=packer.dropped,
+            histogram=dict(sorted(histogram.items(), key=lambda item: int(item[0]))),
+        )
+        write_json(new / "blocks.json", asdict(found) | {"folder": "", "name": ""})
+    return found
+
+
+def _plain(tokenizer: PreTrainedTokenizerBase) -> Any | None:
+    """The tokenizer proper, without the truncation and padding somebody may have left in it."""
+    from tokenizers import Tokenizer
+
+    fast = getattr(tokenizer, "_tokenizer", None)
+    if fast is None:
+        return None
+    plain = Tokenizer.from_str(fast.to_str())
+    plain.no_truncation()
+    plain.no_padding()
+    return plain
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A digest of all that decides what a tokenizer makes of a text."""
+    fast = _plain(tokenizer)
+    text = fast.to_str() if fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    special = [tokenizer.eos_token_id, forced_bos(tokenizer)]
+    return hashlib.sha256(f"{text}{special}".encode()).hexdigest()
+
+
+def _arrow(path: Path, arrays: Iterator[np.ndarray]) -> int:
+    """Writes blocks as an Arrow stream with the trainer's columns; returns how many."""
+    import numpy as np
+    import pyarrow as pa
+
+    schema = pa.schema(
+        [("input_ids", pa.list_(pa.int32())), ("attention_mask", pa.list_(pa.int8()))]
+    )
+    written = 0
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for array in arrays:
+            offsets = np.arange(len(array) + 1, dtype=np.int32) * array.shape[1]
+            ones = np.ones(array.size, dtype=np.int8)
+            columns = [
+                pa.ListArray.from_arrays(offsets, pa.array(array.ravel())),
+                pa.ListArray.from_arrays(offsets, pa.array(ones)),
+            ]
+            writer.write_batch(pa.record_batch(columns, schema=schema))
+            written += len(array)
+    return written
+
+
+def key_of(what: Any) -> str:
+    return hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()[:16]
+
+
+def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if len(batch) == size or characters >= _CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
