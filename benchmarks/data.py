@@ -76,7 +76,7 @@ def measured(work: Path, corpus: Path) -> dict[str, Any]:
     import psutil
 
     code = (
-        "import sys\nfrom pathlib import Path\nfrom cpt_helpers import data\n"
+        "import sys\nfrom pathlib import Path\nfrom cpt_helpers.data import corpora\n"
         "if __name__ == '__main__':\n"
         "    corpora.prepare(sys.argv[1], Path(sys.argv[2]), tolerate=0.01, fraction=0.01)\n"
     )

@@ -209,9 +209,9 @@ def training_only(tokenised: Path, folder: Path) -> Path:
 def matrix_products(bf16: bool) -> float:
     """FLOP/s of matrix products on all cores, in a process of their own."""
     code = (
-        "import torch, sys; from cpt_helpers import throughput;"
+        "import torch, sys; from cpt_helpers.config import flops;"
         "torch.set_num_threads(int(sys.argv[1]));"
-        "print(throughput.peak_flops(False, sys.argv[2])[1])"
+        "print(flops.peak_flops(False, sys.argv[2])[1])"
     )
     precision = "bfloat16" if bf16 else "float32"
     done = subprocess.run(

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from cpt_helpers import recipes
 from cpt_helpers.checkpoints import manifests
 from cpt_helpers.config import planning, preflight, resolution
 from cpt_helpers.errors import CheckpointError, ConfigError, RunExistsError, StorageError
@@ -211,7 +212,7 @@ def test_a_run_is_trained_by_one_process(run: Run) -> None:
 
 
 def test_another_number_of_workers_keeps_the_global_batch() -> None:
-    args = {"ray_num_workers": 4, "per_device_train_batch_size": 2}
+    args = recipes.Recipe(ray_num_workers=4, per_device_train_batch_size=2)
     two = args.with_workers(2)
     assert (two["ray_num_workers"], two["gradient_accumulation_steps"]) == (2, 2)
     eight = args.with_workers(8)
@@ -223,8 +224,8 @@ def test_another_number_of_workers_keeps_the_global_batch() -> None:
 
 
 def test_what_may_change_when_a_run_is_taken_up_again(run: Run) -> None:
-    before = {"max_steps": 9, "dataset": "d", "ray_num_workers": 2, "save_steps": 5}
-    before |= {"per_device_train_batch_size": 2}
+    before = recipes.Recipe(max_steps=9, dataset="d", ray_num_workers=2, save_steps=5)
+    before["per_device_train_batch_size"] = 2
     note(run, {"event": "start", "step": 0, "time": 1.0})
     one = {"ray_num_workers": 1, "gradient_accumulation_steps": 2, "save_steps": 3}
     resolution._refuse_other_training(run, before, before | one)
@@ -313,13 +314,13 @@ def test_too_little_room_is_refused_with_both_numbers(run: Run) -> None:
     disk = {"checkpoint": 1e6, "kept": 4, "model": 1.0, "total": 4e6}
     run.record("03_config", {"plan": {"disk": disk}})
     with pytest.raises(StorageError, match=r"GiB free, 4000000\.0 GiB needed(?s:.*)4 checkpoints"):
-        preflight.room(run, {})
+        preflight.room(run, recipes.Recipe())
 
 
 def test_the_room_a_run_takes() -> None:
     """SmolLM2-135M in fp32: 16.0 bytes a parameter were measured in its checkpoints."""
     size = planning.ModelSize("m", 134_515_008, 1, trained=134_515_008)
-    args = {"finetuning_type": "full", "deepspeed": "z3", "save_steps": 10}
+    args = recipes.Recipe(finetuning_type="full", deepspeed="z3", save_steps=10)
     disk = planning.disk(args, size, steps=20)
     assert disk.checkpoint == pytest.approx(2.16e9 / 2**30, rel=0.01) and disk.kept == 2
     many = planning.disk(args | {"save_total_limit": 2}, size, steps=500)

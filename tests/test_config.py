@@ -48,7 +48,7 @@ def test_every_recipe_passes_llamafactorys_parser(tmp_path: Path) -> None:
 import json, os, yaml
 os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
                   MASTER_PORT="29512", DS_ACCELERATOR="cpu", USE_RAY="1")
-from cpt_helpers.patches import join_cpu_group
+from cpt_helpers.train.patches import join_cpu_group
 join_cpu_group()
 from llamafactory.hparams import get_ray_args, get_train_args
 found = {{}}
@@ -60,11 +60,11 @@ for path in {[str(path) for path in RECIPES]!r}:
     model, data, training, finetuning, _ = get_train_args(args)
     ray = get_ray_args(args)
     found[os.path.basename(path)] = dict(
-        stage=finetuning.stage, kind=finetuning.finetuning_type, template=corpora.template,
-        packing=corpora.packing, trust=model.trust_remote_code, timeout=training.ddp_timeout,
-        cutoff=corpora.cutoff_len, workers=ray.ray_num_workers, resources=ray.resources_per_worker,
+        stage=finetuning.stage, kind=finetuning.finetuning_type, template=data.template,
+        packing=data.packing, trust=model.trust_remote_code, timeout=training.ddp_timeout,
+        cutoff=data.cutoff_len, workers=ray.ray_num_workers, resources=ray.resources_per_worker,
         zero=training.hf_deepspeed_config.config["zero_optimization"]["stage"],
-        use_ray=ray.use_ray, eval_on=corpora.eval_dataset)
+        use_ray=ray.use_ray, eval_on=data.eval_dataset)
 print(json.dumps(found))
 """
     found = python(code)
@@ -227,12 +227,9 @@ def test_a_recipe_that_is_not_there_or_not_yaml(tmp_path: Path) -> None:
 
 
 def test_the_plan_is_what_the_trainer_does() -> None:
-    args = {
-        "cutoff_len": 256,
-        "per_device_train_batch_size": 4,
-        "ray_num_workers": 2,
-        "dataset": "d",
-    }
+    args = recipes.Recipe(
+        cutoff_len=256, per_device_train_batch_size=4, ray_num_workers=2, dataset="d"
+    )
     plan = planning.plan(args | {"max_steps": 30}, blocks=3493, dropped=444)
     assert (plan.global_batch, plan.tokens_per_step, plan.steps) == (8, 2048, 30)
     assert plan.tokens == 61440
@@ -241,16 +238,13 @@ def test_the_plan_is_what_the_trainer_does() -> None:
     # The guide's run: 100 documents made 20 steps of 8 blocks in 2 epochs.
     guide = {"cutoff_len": 512, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
     guide |= {"ray_num_workers": 4, "num_train_epochs": 2.0, "dataset": "c4"}
-    assert planning.plan(guide, blocks=80, dropped=0).steps == 20
+    assert planning.plan(recipes.Recipe(guide), blocks=80, dropped=0).steps == 20
 
 
 def test_a_corpus_that_is_too_small() -> None:
-    args = {
-        "cutoff_len": 256,
-        "per_device_train_batch_size": 4,
-        "ray_num_workers": 2,
-        "dataset": "d",
-    }
+    args = recipes.Recipe(
+        cutoff_len=256, per_device_train_batch_size=4, ray_num_workers=2, dataset="d"
+    )
     with pytest.raises(ConfigError, match="too small: 99 tokens, not one block"):
         planning.plan(args, blocks=0, dropped=99)
     with pytest.raises(ConfigError, match=r"too small for 30 steps: 80 blocks last 10"):

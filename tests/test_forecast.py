@@ -37,9 +37,9 @@ def gemma() -> tuple[dict, memory.Shape]:
 
 LAYERS = 6
 METHODS = {
-    "full": {"finetuning_type": "full"},
-    "freeze": {"finetuning_type": "freeze", "freeze_trainable_layers": 2},
-    "lora": {"finetuning_type": "lora", "lora_rank": 4, "lora_target": "all"},
+    "full": recipes.Recipe(finetuning_type="full"),
+    "freeze": recipes.Recipe(finetuning_type="freeze", freeze_trainable_layers=2),
+    "lora": recipes.Recipe(finetuning_type="lora", lora_rank=4, lora_target="all"),
 }
 
 

@@ -122,7 +122,7 @@ def test_cores_for_an_optimizer_on_the_host(
     node = {"Alive": True, "Resources": {"CPU": cpus, "GPU": 2, "accelerator_type:H100": 1}}
     head = {"Alive": True, "Resources": {"CPU": 4}}
     ray = SimpleNamespace(nodes=lambda: [head, node, node | {"Alive": False}])
-    args = {"deepspeed": deepspeed, "resources_per_worker": asked}
+    args = recipes.Recipe(deepspeed=deepspeed, resources_per_worker=asked)
     given = node_checks.with_cores(ray, args)
     assert given["resources_per_worker"] == (share or asked)
     assert (given is args) == (share is None or asked == share)
@@ -138,7 +138,9 @@ def test_gpu_nodes_of_a_cluster(tmp_path: Path) -> None:
     two = ["--num-gpus", "2"]
     code = f"""
 import json, os
-from cpt_helpers import config, environment, node_checks, preflight
+from cpt_helpers import recipes
+from cpt_helpers.config import node_checks, preflight
+from cpt_helpers.setup import environment
 args = recipes.read_recipe("cpt_1xH100.yaml")[1] | {{"deepspeed": {OFFLOAD!r}}}
 args["resources_per_worker"] = {{"GPU": 1}}
 with environment.cluster() as ray:

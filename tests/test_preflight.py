@@ -160,9 +160,12 @@ def test_ray_trains_second_implementation_is_refused(
     code = f"""
 import json, os
 from pathlib import Path
-from cpt_helpers import environment, preflight
+from cpt_helpers import recipes
+from cpt_helpers.setup import environment
+from cpt_helpers.config import preflight
 from cpt_helpers.run import Run
-run, args = Run("preflight", Path({str(run.storage)!r})), json.loads({json.dumps(args)!r})
+run = Run("preflight", Path({str(run.storage)!r}))
+args = recipes.Recipe(json.loads({json.dumps(args)!r}))
 os.environ["RAY_TRAIN_V2_ENABLED"] = "1"  # the processes of a cluster started here have it
 with environment.cluster() as ray:
     del os.environ["RAY_TRAIN_V2_ENABLED"]
@@ -274,9 +277,12 @@ def test_nodes_that_are_not_alike(run: Run, args: dict, tmp_path: Path) -> None:
     code = f"""
 import json, time
 from pathlib import Path
-from cpt_helpers import environment, preflight
+from cpt_helpers import recipes
+from cpt_helpers.setup import environment
+from cpt_helpers.config import preflight
 from cpt_helpers.run import Run
-run, args = Run("preflight", Path({str(run.storage)!r})), json.loads({json.dumps(args)!r})
+run = Run("preflight", Path({str(run.storage)!r}))
+args = recipes.Recipe(json.loads({json.dumps(args)!r}))
 with environment.cluster() as ray:
     since = time.monotonic()
     findings = preflight.nodes(run, args, ray)
@@ -304,7 +310,9 @@ def test_gpus_too_small(run: Run, tmp_path: Path) -> None:
     """A node that says it has an L4, to Gemma-3-4B under ZeRO-2."""
     code = f"""
 import json, time
-from cpt_helpers import config, environment, forecast, preflight
+from cpt_helpers import recipes
+from cpt_helpers.config import forecast, preflight
+from cpt_helpers.setup import environment
 from cpt_helpers.errors import UnreadyError
 forecast.memory.model_size(forecast.planning.smollm2_135m(), "the libraries are loaded")
 args = recipes.read_recipe("cpt_deepspeed.yaml")[1]
@@ -329,7 +337,9 @@ def test_labels_of_gpus(run: Run) -> None:
     """Ray labels an A100 without its size: one with a size is on no node, and is told so."""
     code = f"""
 import json
-from cpt_helpers import config, environment, forecast, preflight
+from cpt_helpers import recipes
+from cpt_helpers.config import forecast, preflight
+from cpt_helpers.setup import environment
 from cpt_helpers.errors import UnreadyError
 args = recipes.read_recipe("cpt_4xA100-40G.yaml")[1] | {{"ray_num_workers": 1}}
 asked = [args, args | {{"resources_per_worker": {{"GPU": 1, "accelerator_type:A100-40G": 0.001}}}}]
@@ -427,7 +437,7 @@ def ask_hub(name: str, **environment: str) -> dict:
     return python(
         f"""
 import json, time
-from cpt_helpers import preflight
+from cpt_helpers.config import preflight
 from cpt_helpers.errors import AssetError
 since = time.monotonic()
 try:

@@ -10,7 +10,8 @@ from pathlib import Path
 TRACKED = """
 import sys
 from pathlib import Path
-from cpt_helpers import model_registry, tracking
+from cpt_helpers.export import model_registry
+from cpt_helpers.train import tracking
 from cpt_helpers.run import Run
 run = Run.open("tracked", sys.argv[1])
 args = {"report_to": "mlflow", "dataset": "news", "model_name_or_path": "base"}
@@ -25,7 +26,8 @@ else:
 """
 FORKED = """
 import sys
-from cpt_helpers import assets, environment, packing
+from cpt_helpers.setup import assets, environment
+from cpt_helpers.data import packing
 tokenizer = assets.tokenizer_of(sys.argv[1])
 packing.pack(["some text " * 50] * 200, tokenizer, 64)
 with environment.cluster() as ray:
