@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import sys
 from pathlib import Path
 
 
 def main() -> None:
+    import ray
+
     from cpt_helpers import config, launch, worker
     from cpt_helpers.errors import CptError
     from cpt_helpers.run import Run
     from faults import plant
 
+    if os.environ.get("RAY_ADDRESS"):  # of several nodes on this machine, be on the head
+        ray.init = functools.partial(ray.init, _node_ip_address="127.0.0.1")
     storage, name, options = sys.argv[1:]
     given = json.loads(options)
     run = Run(name, Path(storage))
