@@ -347,3 +347,16 @@ def test_what_runs_share_cannot_name_a_run(tmp_path: Path, corpus: Path, tiny_ge
         with pytest.raises(ParameterError, match="cannot name a run"):
             Run.open(name, tmp_path)
     assert Run.open("tokenised-2", tmp_path).folder.name == "tokenised-2"
+
+
+def test_blocks_of_another_length_or_without_a_held_out_set(resolve, tmp_path: Path) -> None:
+    """LLaMA-Factory reads the blocks as they are, and ignores what the recipe says of them."""
+    record = {"block_size": 128, "heldout_blocks": {"ray_docs_heldout": 9}}
+    (tmp_path / "mix.json").write_text(json.dumps(record))
+    blocks = {"tokenized_path": str(tmp_path)}
+    with pytest.raises(ConfigError, match="cutoff_len is 256, and the blocks have 128 tokens"):
+        resolve(**blocks, eval_dataset="ray_docs_heldout")
+    with pytest.raises(ConfigError, match="news_heldout would not be measured"):
+        resolve(**blocks, cutoff_len=128)
+    off = {"eval_strategy": "no", "eval_on_start": False}
+    assert resolve(**blocks, **off, cutoff_len=128).args["cutoff_len"] == 128

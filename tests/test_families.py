@@ -307,6 +307,26 @@ def test_resuming_on_two_nodes_with_another_number_of_workers(home, train) -> No
     assert two[0] == pytest.approx(one[0][2:], abs=2e-4)
 
 
+def test_checkpoints_written_after_a_conversion_can_be_resumed(home, train) -> None:
+    """Each rank writes its own model states, also where it loaded a universal checkpoint."""
+    from cpt_helpers import checkpoints, resharding
+
+    steps = {"save_strategy": "steps", "save_steps": 2, "before": ["own_checkpoints"]}
+    assert train([job(home, "first", "qwen2", workers=1, **steps)]) == {"first": [0]}
+    oldest = checkpoints.listing(Run("first", home))[0]
+    run = Run("converted", home)
+    resharding.universal(run, oldest, 2)
+    handle = oldest.handle() | {"path": str(_copied(oldest.path, run))}
+    assert train([job(home, "converted", "qwen2", resume=handle, **steps)]) == {"converted": [0, 0]}
+    newest = checkpoints.listing(run)[-1]
+    states = sorted(p.name for p in newest.model.glob("global_step*/*model_states.pt"))
+    assert [name.split("_")[3] for name in states] == ["0", "1"]
+    more = job(home, "converted", "qwen2", resume=newest.handle(), max_steps=6)
+    assert train([more]) == {"converted": [0, 0]}, log(home, "converted")[-3000:]
+    losses = [e["loss"] for e in run.events() if e["event"] == "step"]
+    assert len(losses) == 4, "steps 3 to 6"
+
+
 def test_a_checkpoint_whose_shards_are_of_other_weights_is_refused(home, train) -> None:
     """The shards are whole, and are another checkpoint's: the ranks compare what they loaded."""
     from cpt_helpers.checkpoints import manifests

@@ -234,8 +234,10 @@ def _in_blocks(args: Recipe, path: Path) -> Iterator[ConfigError]:
             expected="blocks of cutoff_len tokens",
             do="run notebook 02_data with the same OVERRIDES",
         )
+    on = [str(args.get(key)).lower() == "true" for key in ("do_eval", "eval_on_start")]
+    evaluates = any(on) or str(args.get("eval_strategy", "no")) != "no"
     lacking = [n for n in names_of(args.get("eval_dataset")) if n not in mix["heldout_blocks"]]
-    if lacking:
+    if evaluates and lacking:
         yield ConfigError(
             f"eval_dataset: {', '.join(lacking)} would not be measured",
             where=f"{path}{line_of(path, 'eval_dataset')}\n{record}",

@@ -214,7 +214,7 @@ def _fit(
     except CptError:
         raise
     except (TrainingFailedError, RuntimeError, ValueError, OSError) as error:
-        said = str(error.__cause__ or error)
+        said = next(filter(None, (str(e) for e in (error.__cause__, error) if e)), repr(error))
         raise failures.readable(run, said, attempts.names) from None
 
 

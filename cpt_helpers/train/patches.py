@@ -79,7 +79,7 @@ def load_by_global_rank() -> None:
     """Makes ZeRO-3 load a universal checkpoint's slice by the global rank.
 
     DeepSpeed 0.16.9 takes the rank on the node. On several nodes each node would load the slices of
-    the first one.
+    the first one (https://github.com/deepspeedai/DeepSpeed/pull/7601).
     """
     from deepspeed.runtime.zero import stage3
 

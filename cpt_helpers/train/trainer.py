@@ -55,6 +55,13 @@ class CptTrainer(CustomTrainer):
         self.callback_handler.callbacks.sort(key=lambda other: other is own)
         return super().train(*args, **kwargs)
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        # Resumed from a universal checkpoint, DeepSpeed 0.16.9 has all ranks write their model
+        # states to rank 0's file (https://github.com/deepspeedai/DeepSpeed/issues/7546).
+        if settings := getattr(self.model_wrapped, "_config", None):
+            settings.load_universal_checkpoint = False
+        super()._save_checkpoint(*args, **kwargs)
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().training_step(*args, **kwargs)
         value = loss.item()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -10,11 +12,15 @@ from cpt_helpers import recipes
 
 
 def main() -> None:
+    import ray
+
     from cpt_helpers.errors import CptError
     from cpt_helpers.run import Run
     from cpt_helpers.train import launch, worker
     from faults import plant
 
+    if os.environ.get("RAY_ADDRESS"):  # of several nodes on this machine, be on the head
+        ray.init = functools.partial(ray.init, _node_ip_address="127.0.0.1")
     storage, name, options = sys.argv[1:]
     given = json.loads(options)
     run = Run(name, Path(storage))
