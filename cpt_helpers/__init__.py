@@ -6,4 +6,4 @@ Each module is one step's room: ``environment``, ``assets``, ``data``, ``config`
 instant: torch, ray and llamafactory are imported by the functions that need them.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
