@@ -86,7 +86,7 @@ lint: $(READY)
 
 ## JupyterLab on copies of the notebooks on the storage
 lab: $(READY)
-	@$(PY) -m cpt_helpers.lab "$(STORAGE)"
+	@$(PY) -m cpt_helpers lab --storage "$(STORAGE)"
 
 setup: $(READY)
 

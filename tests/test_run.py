@@ -54,7 +54,7 @@ def test_a_step_records_and_the_next_one_needs_it(tmp_path: Path) -> None:
     with pytest.raises(StepError, match="01_setup has not been run"):
         notebook.begin("02_data", needs="01_setup", **given)
     first = notebook.begin("01_setup", **given)
-    with pytest.raises(StepError, match="did not keep its promise: the sky is green"):
+    with pytest.raises(StepError, match="a check of 01_setup failed: the sky is green"):
         first.finish({"a": 1}, {"the sky is blue": True, "the sky is green": False})
     assert not first.run.step_json("01_setup").exists(), "a broken step was recorded"
     first.finish({"model": {"path": "p"}}, {"the sky is blue": True}, shown={"a star falls": False})
@@ -91,7 +91,7 @@ def test_the_progress_line_says_what_is_being_done(tmp_path: Path) -> None:
         (none, [begun], "the first step"),
         (none, [begun, step], "loss 3.000, 200 tokens/s, 25% of the peak, 0:00 of steps left"),
         (held_out, [begun, step, step | {"step": 2}], "measuring held-out text"),
-        (none, [begun, step, step | {"step": 2}], "the final model is being written"),
+        (none, [begun, step, step | {"step": 2}], "writing the final model"),
         (none, [begun, step, {"event": "end", "step": 2, "time": 3.0}], "trained"),
     ):
         lines = [json.dumps(e | (measures if e is begun else {})) + "\n" for e in events]
