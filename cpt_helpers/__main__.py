@@ -48,10 +48,9 @@ _FLAGS = (  # commands, option, help
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m cpt_helpers", description=__doc__)
     subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text in _COMMANDS.items():
-        command = subparsers.add_parser(
-            name, help=text, description=f"{text[0].upper()}{text[1:]}."
-        )
+    for name, summary in _COMMANDS.items():
+        sentence = f"{summary[0].upper()}{summary[1:]}."
+        command = subparsers.add_parser(name, help=summary, description=sentence)
         for commands, option, metavar, convert, default, text in _OPTIONS:
             if name in commands.split():
                 command.add_argument(

@@ -97,20 +97,26 @@ class Run:
         """Returns the results that a step recorded.
 
         Raises:
-            StepError: The step has not been run for this run.
+            StepError: The step has not been run for this run, or its record is damaged.
         """
         path = self.step_json(step)
+        do = f"run notebooks/{step}.ipynb with RUN_NAME={self.name}, or all with `make run`"
         if not path.is_file():
             raise StepError(
                 f"{step} has not been run for the run '{self.name}'",
                 where=f"{path} does not exist",
-                do=f"run notebooks/{step}.ipynb with RUN_NAME={self.name}, or all with `make run`",
+                do=do,
             )
-        return json.loads(path.read_text("utf-8"))
+        return _read_record(path, do)
 
     def results(self) -> dict[str, Any]:
-        """Returns the merged results of all steps; empty before the first step."""
-        return json.loads(self.results_json.read_text()) if self.results_json.is_file() else {}
+        """Returns the merged results of all steps; empty before the first step.
+
+        Raises:
+            StepError: The record is damaged.
+        """
+        path = self.results_json
+        return _read_record(path, "run a notebook of this run again") if path.is_file() else {}
 
     def events(self) -> list[dict[str, Any]]:
         """Returns the events of the training, oldest first; each step of a resumed run once."""
@@ -176,7 +182,7 @@ class Run:
         merged: dict[str, Any] = {"run": self.name}
         for name in STEPS:
             if self.step_json(name).is_file():
-                recorded = json.loads(self.step_json(name).read_text("utf-8"))
+                recorded = self.read_step(name)
                 _merge(merged, {k: v for k, v in recorded.items() if k != "parameters"})
         write_json(self.results_json, merged)
 
@@ -237,6 +243,16 @@ def in_one_piece(folder: Path) -> Iterator[Path]:
             new.rename(folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def _read_record(path: Path, do: str) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        raise StepError(f"{path.name} is not a record of results", where=path, do=do)
+    return record
 
 
 def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:

@@ -173,7 +173,7 @@ def test_the_time_of_a_launch_is_shared_out_whole(tmp_path: Path) -> None:
     (opened.logs / "launched.json").write_text(json.dumps({"launched": [0.0, 100.0]}))
     log = [("start", 0, 40.0), ("step", 2, 60.0), ("save", 2, 65.0),  # of the launch before
            ("start", 2, 130.0), ("step", 4, 150.0), ("eval", 5, 167.0), ("save", 5, 170.0),
-           ("step", 6, 180.0), ("start", 5, 200.0),  # died after step 6
+           ("step", 6, 180.0), ("diverged", 7, 190.0), ("start", 5, 200.0),  # step 6 was lost
            ("step", 6, 210.0), ("end", 6, 214.0)]  # fmt: skip
     lines = [{"event": what, "step": step, "time": at, "seconds": 10.0} for what, step, at in log]
     opened.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
