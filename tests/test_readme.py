@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
@@ -175,6 +176,17 @@ def test_links_resolve(page: Path) -> None:
         if not inside or (anchor and anchor not in anchors(target)):
             broken.append(link)
     assert not broken
+
+
+def test_imports_of_python_examples_work() -> None:
+    found = 0
+    for page in PAGES:
+        for block in re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL):
+            for node in ast.parse(block).body:
+                if isinstance(node, ast.ImportFrom):
+                    exec(ast.unparse(node), {})
+                    found += 1
+    assert found
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
