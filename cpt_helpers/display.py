@@ -84,12 +84,7 @@ def say(line: str) -> None:
 
 @contextmanager
 def follow(run: Run, attempts: list[str]) -> Iterator[None]:
-    """Shows the progress of a training while the block runs.
-
-    Args:
-        run: The run that is trained.
-        attempts: The names of the launch and its restarts; a restart appends its name.
-    """
+    """Shows the progress of a training; a restart appends its name to ``attempts``."""
     with live(lambda: progress(run, attempts[-1])):
         yield
 

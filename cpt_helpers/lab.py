@@ -16,15 +16,9 @@ from .run import LAB, PROJECT, storage_root
 
 
 def working_copies(storage: Path) -> Path:
-    """Copies the notebooks to the storage, and keeps the copies of unchanged sources.
+    """Copies the notebooks to the storage, keeps copies of unchanged sources; returns the folder.
 
-    If a source has changed since, as after ``git pull``, the old copy gets its date as a name.
-
-    Args:
-        storage: The folder of all runs.
-
-    Returns:
-        The folder of the copies.
+    If a source has changed since, as after ``git pull``, the old copy is renamed to its date.
     """
     folder = storage / LAB
     originals = folder / ".sources"  # each source as it was when its copy was made

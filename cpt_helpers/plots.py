@@ -23,12 +23,7 @@ _PARTS = {  # the part of the wall clock that ends with an event
 
 
 def perplexities(run: Run, roles: dict[str, str]) -> dict[str, dict[str, float]]:
-    """Returns the held-out perplexity before the first and after the last step, by role.
-
-    Args:
-        run: A run with evaluations.
-        roles: ``{"domain": <dataset>, "general": <dataset>}``.
-    """
+    """Returns the first and last held-out perplexity of ``{"domain": <dataset>, …}``, by role."""
     measured = {}
     for role, dataset in roles.items():
         values = [math.exp(loss) for _, loss in held_out_curve(run, dataset)]
@@ -105,11 +100,7 @@ def time_spent(run: Run) -> dict[str, float]:
 
 
 def plot_time(spent: dict[str, float]) -> Figure:
-    """Plots the wall clock as one bar: each part with its seconds and its share.
-
-    Args:
-        spent: The result of :func:`time_spent`.
-    """
+    """Plots the result of :func:`time_spent` as one bar: seconds and share of each part."""
     import matplotlib.pyplot as plt
 
     whole, left = sum(spent.values()), 0.0

@@ -127,7 +127,7 @@ class Run:
                 event = json.loads(line)
             except json.JSONDecodeError:  # an incomplete line, at a crash or while it is written
                 continue
-            if event["event"] == "start":  # a restart repeats the steps after its checkpoint
+            if event["event"] == "start":  # it repeats the steps after its checkpoint
                 events = [
                     e
                     for e in events
