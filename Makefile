@@ -1,4 +1,4 @@
-# run · test · test-forms · test-faults · test-families · bench · bench-growth · bench-start · bench-step · bench-data · bench-replay · bench-memory · bench-methods · bench-forms · lint · lab: each sets up .venv by itself the first time.
+# Each target creates .venv the first time. The line above a target says what it does.
 PYTHON ?= python3
 RUN ?= cpt-cpu
 CONFIG ?=
@@ -12,85 +12,87 @@ SEEN := benchmarks/results/faults.jsonl
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
-# A folder of wheels, where there is one: pip knows PIP_FIND_LINKS by itself, uv has to be told.
+# A folder of wheels, if there is one: pip reads PIP_FIND_LINKS, uv needs an option.
 FIND_LINKS := $(if $(PIP_FIND_LINKS),--find-links "$(PIP_FIND_LINKS)")
 
 .PHONY: run test test-forms test-faults test-families bench bench-growth bench-start bench-step bench-data bench-replay bench-memory bench-methods bench-forms lint lab setup clean
 
-## all six notebooks in order: make run [RUN=name CONFIG=recipe CORPUS=corpus OVERRIDES='{key: value}' …]
+## run the six notebooks in order: make run [RUN=name CONFIG=recipe CORPUS=corpus OVERRIDES='{key: value}' …]
 run: $(READY)
 	@$(PY) -m cpt_helpers run --run "$(RUN)" --config "$(CONFIG)" --corpus "$(CORPUS)" \
 		--storage "$(STORAGE)" --overrides "$(OVERRIDES)" --parameters "$(PARAMETERS)"
 
-## every test, real trainings included
+## all tests, with real trainings of tiny models
 test: $(READY)
 	@$(PY) -m pytest
 
-## every form of export, quantized and served; full, freeze and LoRA trained for it
+## train full, freeze and LoRA; export, quantize and serve each
 test-forms: $(READY)
 	@$(PY) -m pytest -m forms
 
-## trainings that are killed, stopped, starved and damaged: half an hour, and its table
+## kill, stop, starve and damage trainings, and write the table of results: 30 minutes
 test-faults: $(READY)
 	@rm -f $(SEEN)
 	@CPT_FAULTS_TABLE="$(SEEN)" $(PY) -m pytest -m faults tests/test_faults.py
 	@PYTHONPATH=tests $(PY) -m faults.table "$(SEEN)"
 
-## every family of models by every method, ZeRO stage and number of workers: twenty minutes
+## train each model family with each method, ZeRO stage and number of workers: 20 minutes
 test-families: $(READY)
 	@$(PY) -m pytest -m families
 
-## how fast, beside the guide's settings, DDP and a plain loop: twenty-five minutes
+## compare the speed with the guide's settings, DDP and a plain loop: 25 minutes
 bench: $(READY)
 	@PYTHONPATH=. $(PY) benchmarks/speed.py
 
-## how speed and memory grow with workers, parameters, block length: ten minutes
+## measure speed and memory for several workers, model sizes and block lengths: 10 minutes
 bench-growth: $(READY)
 	@PYTHONPATH=. $(PY) benchmarks/growth.py
 
-## where the time from the launch call to the first step goes: four minutes
+## measure the parts of the time from the launch to the first step: 4 minutes
 bench-start: $(READY)
 	@PYTHONPATH=. $(PY) benchmarks/start.py
 
-## where a step's time goes, by torch's profiler: three minutes
+## profile one step with torch's profiler: 3 minutes
 bench-step: $(READY)
 	@PYTHONPATH=. $(PY) benchmarks/step.py
 
-## does cleaning find what was planted, in bounded memory and time? 10 MB, 100 MB, 1 GB
+## count the planted duplicates that cleaning finds, and its time and memory: 10 MB to 1 GB
 bench-data: $(READY)
 	@PYTHONPATH=. $(PY) benchmarks/data.py
 
-## what replaying general text costs and keeps: three trainings of the default, a quarter of an hour
+## measure replay of general text: three trainings of the default, 15 minutes
 bench-replay: $(READY)
 	@PYTHONPATH=. $(PY) benchmarks/replay.py
 
-## the plan's memory against what processes show: eighteen short trainings, twenty minutes
+## compare the planned memory with the measured memory: 18 short trainings, 20 minutes
 bench-memory: $(READY)
 	@PYTHONPATH=. $(PY) benchmarks/memory.py
 
-## what quantizing costs and brings: make bench-forms MODEL=<an exported folder>
+## measure size, speed and perplexity of quantized models: MODEL=<an exported folder>
 bench-forms: $(READY)
 	@PYTHONPATH=. $(PY) benchmarks/forms.py $(MODEL)
 
-## all weights, the last layers, or adapters: three trainings of the default, a quarter of an hour
+## compare full, freeze and LoRA training of the default: 15 minutes
 bench-methods: $(READY)
 	@PYTHONPATH=. $(PY) benchmarks/methods.py
 
-## style, and notebooks without outputs
+## style, notebooks without outputs, the direction of imports, types
 lint: $(READY)
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/nbstripout --verify --keep-id notebooks/*.ipynb
+	@$(VENV)/bin/lint-imports
+	@$(VENV)/bin/mypy
 
-## JupyterLab on this machine, with copies of the notebooks on the storage: the checkout stays clean
+## JupyterLab on copies of the notebooks on the storage
 lab: $(READY)
-	@$(PY) -m cpt_helpers.lab "$(STORAGE)"
+	@$(PY) -m cpt_helpers lab --storage "$(STORAGE)"
 
 setup: $(READY)
 
 $(READY): requirements.txt constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; assert sys.version_info[:2] == (3, 11), \
-		"Python 3.11 is needed, this is " + sys.version.split()[0] + "; say make PYTHON=python3.11"'
+		"this is Python " + sys.version.split()[0] + ", expected 3.11; use make PYTHON=python3.11"'
 	@echo "setting up $(VENV): a few minutes, once"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PY) -m pip install --quiet --disable-pip-version-check uv==$(shell sed -n 's/^uv==//p' constraints.txt)
@@ -98,6 +100,6 @@ $(READY): requirements.txt constraints.txt pyproject.toml
 		$(FIND_LINKS) -r requirements.txt -c constraints.txt -e .
 	@touch $@
 
-## what can be made again; never the storage
+## remove .venv and the caches, and keep the storage
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

@@ -1,4 +1,4 @@
-"""What a reader sees: tables, and a training's progress while it runs."""
+"""Output for a reader: tables, and the progress of a training while it runs."""
 
 from __future__ import annotations
 
@@ -20,60 +20,63 @@ _POLL_SECONDS = 1.0
 
 
 def table(rows: Iterable[Any], columns: Iterable[str] | None = None) -> DataFrame:
-    """Rows as a table without row numbers, readable as HTML and as plain text.
+    """Makes a table without row numbers, which shows as HTML and as plain text.
 
     Args:
         rows: Tuples, or dicts with the columns' names.
-        columns: Their headings; by default ``""`` and ``"value"``, or the dicts' keys.
+        columns: The headings; by default ``""`` and ``"value"``, or the keys of the dicts.
     """
     import pandas as pd
 
-    pd.set_option("display.max_colwidth", 120, "display.width", 250)
+    pd.set_option("display.max_colwidth", 120)
+    pd.set_option("display.width", 250)
     rows = list(rows)
     if columns is None and not (rows and isinstance(rows[0], dict)):
         columns = ["", "value"]
-    return pd.DataFrame(rows, columns=columns, index=[""] * len(rows))
+    headings = None if columns is None else list(columns)
+    return pd.DataFrame(rows, columns=headings, index=[""] * len(rows))
 
 
 def progress(run: Run, attempt: str = "") -> tuple[int, int, str]:
-    """Where a training is: steps done, steps in all, and a line about it.
+    """Describes the state of a training: steps done, all steps, and a line of text.
 
     Args:
-        run: Whose.
-        attempt: The name of the current launch or restart; before it starts, nothing progresses.
+        run: The run that is trained.
+        attempt: The name of the current launch or restart; until it starts, no step is new.
     """
     events = run.events()
     starts = [event for event in events if event["event"] == "start"]
     steps = [event for event in events if event["event"] == "step"]
     if not starts or (attempt and starts[-1].get("attempt") != attempt):
-        done, of = (steps[-1]["step"], starts[-1]["max_steps"]) if steps else (0, 0)
-        return done, of, "workers are starting (imports, model, data)"
-    start = starts[-1]
-    last = events[-1]
+        done, total = (steps[-1]["step"], starts[-1]["max_steps"]) if steps else (0, 0)
+        return done, total, "workers are starting (imports, model, data)"
+    start, last = starts[-1], events[-1]
+    total = start["max_steps"]
     if last["event"] == "end":
-        return last["step"], start["max_steps"], "trained"
-    if last["event"] == "save" and last["step"] == start["max_steps"]:
-        return last["step"], start["max_steps"], "the final model is being written"
+        return last["step"], total, "trained"
+    if last["event"] == "save" and last["step"] == total:
+        return last["step"], total, "writing the final model"
     if last["event"] == "start" and start["step"]:
-        return start["step"], start["max_steps"], f"resumed from step {start['step']}"
+        return start["step"], total, f"resumed from step {start['step']}"
     if not steps:
-        measures = "measuring held-out text, then " if start.get("eval_on_start") else ""
-        return start["step"], start["max_steps"], f"{measures}the first step"
+        before = "measuring held-out text, then " if start.get("eval_on_start") else ""
+        return start["step"], total, f"{before}the first step"
+    step = steps[-1]
     pace = statistics.median(event["seconds"] for event in steps[-5:])
-    left = pace * (start["max_steps"] - steps[-1]["step"])
-    line = f"loss {steps[-1]['loss']:.3f}, {start['tokens_per_step'] / pace:.0f} tokens/s"
-    if steps[-1].get("mfu"):
-        line += f", {steps[-1]['mfu']:.0%} of the peak"
-    if left:
-        line += f", {int(left // 60)}:{int(left % 60):02d} of steps left"
+    seconds_left = pace * (total - step["step"])
+    line = f"loss {step['loss']:.3f}, {start['tokens_per_step'] / pace:.0f} tokens/s"
+    if step.get("mfu"):
+        line += f", {step['mfu']:.0%} of the peak"
+    if seconds_left:
+        line += f", {int(seconds_left // 60)}:{int(seconds_left % 60):02d} of steps left"
     elif last["event"] != "save":
-        measures = start.get("eval_strategy") != "no"
-        line += ", measuring held-out text" if measures else ", the final model is being written"
-    return steps[-1]["step"], start["max_steps"], line
+        evaluates = start.get("eval_strategy") != "no"
+        line += ", measuring held-out text" if evaluates else ", writing the final model"
+    return step["step"], total, line
 
 
 def say(line: str) -> None:
-    """Prints a line that stays, next to a progress line that changes; credentials are hidden."""
+    """Prints a line above a changing progress line; credentials are hidden."""
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr)
     print(redact(line), file=sys.stderr, flush=True)
@@ -81,67 +84,71 @@ def say(line: str) -> None:
 
 @contextmanager
 def follow(run: Run, attempts: list[str]) -> Iterator[None]:
-    """Shows a training's progress while the block runs: one line that changes.
+    """Shows the progress of a training; a restart appends its name to ``attempts``."""
+    with live(lambda: progress(run, attempts[-1])):
+        yield
+
+
+@contextmanager
+def live(
+    status: Callable[[], tuple[int, int, str]], *, label: str = "", unit: str = "step"
+) -> Iterator[None]:
+    """Shows one changing line while the block runs: a bar, the elapsed time and a text.
 
     Args:
-        run: Whose.
-        attempts: The names of its launch and restarts; a restart adds to it.
+        status: Returns the units done, all units (0 if unknown), and the text.
+        label: The beginning of the line.
+        unit: The name of a unit.
     """
-    done = threading.Event()
-    show, close = _display()
+    from tqdm import tqdm
+
+    started, stopped = time.time(), threading.Event()
+    show, close = _changing_line()
+
+    def refresh() -> None:
+        done, total, text = status()
+        elapsed = time.time() - started
+        bar = tqdm.format_meter(done, total or 1, elapsed, ncols=40, bar_format="{l_bar}{bar}|")
+        position = f"{unit} {done}/{total or '?'} · {tqdm.format_interval(elapsed)}"
+        show(f"{label}{bar} {position}", text)
 
     def watch() -> None:
-        from tqdm import tqdm
-
-        since = time.time()
-        while not done.wait(_POLL_SECONDS):
-            step, steps, line = progress(run, attempts[-1])
-            bar = tqdm.format_meter(
-                step, steps or 1, time.time() - since, ncols=40, bar_format="{l_bar}{bar}|"
-            )
-            elapsed = tqdm.format_interval(time.time() - since)
-            show(f"{bar} step {step}/{steps or '?'} · {elapsed} · {line}")
+        while not stopped.wait(_POLL_SECONDS):
+            refresh()
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
         yield
     finally:
-        done.set()
+        stopped.set()
         thread.join()
-        step, steps, line = progress(run)
-        show(f"step {step}/{steps or '?'} · {line}")
+        refresh()
         close()
 
 
-def _display() -> tuple[Callable[[str], None], Callable[[], None]]:
-    """How to show a line that changes: an output of the notebook cell, or a terminal line."""
-    try:
-        from IPython import get_ipython
+def _changing_line() -> tuple[Callable[[str, str], None], Callable[[], None]]:
+    """Returns functions that show and close a line: in a notebook cell, a terminal or a log."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is not None and "IPKernelApp" in shell.config:
+        from IPython.display import display
 
-        in_notebook = get_ipython() is not None and "IPKernelApp" in get_ipython().config
-    except ImportError:
-        in_notebook = False
-    if in_notebook:
-        from IPython.display import TextDisplayObject, display
-
-        class Line(TextDisplayObject):
-            def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, str]:
-                return {"text/plain": self.data}
-
-        handle = display(Line("…"), display_id=True)
-        return lambda line: handle.update(Line(line)), lambda: None
-    if sys.stderr.isatty():
+        handle = display({"text/plain": "…"}, raw=True, display_id=True)
         return (
-            lambda line: print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True),
-            lambda: print(file=sys.stderr),
+            lambda bar, text: handle.update({"text/plain": f"{bar} · {text}"}, raw=True),
+            lambda: None,
         )
-    said: list[str] = []
+    if sys.stderr.isatty():
 
-    def each_change(line: str) -> None:  # a log file: a line a step, not a line a second
-        key = line.split(" · ")[-1]
-        if not said or said[-1] != key:
-            said.append(key)
-            print(line, file=sys.stderr, flush=True)
+        def rewrite(bar: str, text: str) -> None:
+            print(f"\r\033[K{bar} · {text}", end="", file=sys.stderr, flush=True)
 
-    return each_change, lambda: None
+        return rewrite, lambda: print(file=sys.stderr)
+    shown = [""]
+
+    def append(bar: str, text: str) -> None:  # a log gets a line when the text changes
+        if text != shown[-1]:
+            shown.append(text)
+            print(f"{bar} · {text}", file=sys.stderr, flush=True)
+
+    return append, lambda: None

@@ -1,4 +1,4 @@
-"""The one exception family: every message says what, where, what was expected and what to do."""
+"""The exceptions: each message says what is wrong, where, what was expected and what to do."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from .redact import redact
 
 
 class CptError(Exception):
-    """A problem the reader can act on.
+    """A problem that the reader can fix.
 
     Args:
-        what: What is wrong, in one sentence.
-        where: File and line, key, path or notebook it was found at.
-        expected: What would have been right.
-        do: What to do about it.
+        what: The problem, in one sentence.
+        where: The file and line, key, path or notebook of the problem.
+        expected: A correct value.
+        do: How to fix it.
     """
 
     def __init__(self, what: str, *, where: object = "", expected: str = "", do: str = "") -> None:
@@ -29,7 +29,7 @@ class CptError(Exception):
         super().__init__("\n".join(lines))
 
     def _render_traceback_(self) -> list[str]:
-        # IPython asks for this: a reader of a notebook sees the message, not our frames.
+        # IPython calls this: a notebook shows the message without a traceback.
         return [f"{type(self).__name__}: {self}"]
 
 
@@ -42,11 +42,11 @@ class StorageError(CptError):
 
 
 class UnreadyError(CptError):
-    """A machine, cluster or set of packages the run cannot use."""
+    """A machine, cluster or set of packages that the run cannot use."""
 
 
 class AssetError(CptError):
-    """A model or corpus that cannot be fetched, or is not what it should be."""
+    """A model or corpus that cannot be downloaded, or has the wrong contents."""
 
 
 class DataError(CptError):
@@ -54,35 +54,35 @@ class DataError(CptError):
 
 
 class ConfigError(CptError):
-    """A recipe that LLaMA-Factory, DeepSpeed or the corpus cannot serve."""
+    """A recipe that LLaMA-Factory or DeepSpeed cannot run, or that does not fit the corpus."""
 
 
 class RunExistsError(CptError):
-    """A run of this name exists and means something else."""
+    """A run of this name exists and has other settings or another process."""
 
 
 class StepError(CptError):
-    """A step of the walkthrough whose predecessor is missing, or whose check failed."""
+    """A step whose predecessor is missing, whose record is damaged, or whose check failed."""
 
 
 class TrackingError(CptError):
-    """MLflow does not answer, or does not know the run."""
+    """An MLflow store that does not answer, or has no record of the run."""
 
 
 class TrainingError(CptError):
-    """Training that ended in a worker's failure."""
+    """A training that a worker's failure ended."""
 
 
 class WeightsError(TrainingError):
-    """Weights in memory or in an export that differ from the files they come from."""
+    """Weights in memory or in an export that differ from their source files."""
 
 
 class DivergedError(TrainingError):
-    """Training whose loss or gradient is no longer a usable number."""
+    """A training whose loss or gradient is not a finite number."""
 
 
 class Interrupted(TrainingError):
-    """Training that was stopped by hand; it can go on."""
+    """A training that Ctrl-C stopped; it can be resumed."""
 
 
 class CheckpointError(CptError):
@@ -90,13 +90,13 @@ class CheckpointError(CptError):
 
 
 class ExportError(CptError):
-    """An export that cannot be written or does not equal what was trained."""
+    """An export that cannot be written, or differs from the trained model."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Says which known name comes nearest to a mistyped one, as a clause for ``expected``."""
+    """Returns the known name nearest to a mistyped one, as a clause for ``expected``."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if not close:  # a name in the wrong case is nearest of all, and difflib does not know it
+    if not close:  # difflib does not find a name in the wrong case
         close = [other for other in known if other.lower() == name.lower()]
     return f"nearest known: {close[0]}" if close else f"known: {', '.join(known[:12])}"

@@ -1,9 +1,10 @@
-"""A notebook at work: its parameters, the step before it, what it promised, what it records."""
+"""The beginning and the end of a notebook: parameters, preceding step, checks, results."""
 
 from __future__ import annotations
 
 import ast
 import contextlib
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,23 +15,16 @@ from .recipes import MAY_CHANGE
 from .redact import has_token
 from .run import Run
 
-# These decide what a run trains; the rest of the parameters only decide what is shown.
+# These parameters decide what a run trains. The others decide what is shown.
 _DEFINING = (
-    "TRAIN_CONFIG",
-    "CORPUS",
-    "TEXT_COLUMN",
-    "MAX_SAMPLES",
-    "TOLERATE",
-    "CLEAN",
-    "REPLAY",
-    "EPOCHS",
+    "TRAIN_CONFIG", "CORPUS", "TEXT_COLUMN", "MAX_SAMPLES", "TOLERATE", "CLEAN", "REPLAY", "EPOCHS",
     "OVERRIDES",
-)
+)  # fmt: skip
 
 
 @dataclass
 class Step:
-    """One notebook at work: made by :func:`begin`, ended by :meth:`finish`."""
+    """A notebook that is being run: :func:`begin` makes it, :meth:`finish` ends it."""
 
     name: str
     run: Run
@@ -44,26 +38,28 @@ class Step:
         *,
         shown: Mapping[str, bool] | None = None,
     ) -> None:
-        """Checks what the step promised, then records its results.
+        """Prints each check, then records the results.
 
         Args:
-            results: What to keep, merged with the other steps' into ``results.json``.
-            checks: Each promise, and whether it was kept.
-            shown: What a demonstration was to show, and whether it did. Where it did not, that is a
-                warning: it is printed and recorded, and the next step can run.
+            results: The results to record, merged with the other steps' in ``results.json``.
+            checks: Each statement to check, and whether it is true.
+            shown: Each statement that a demonstration should show, and whether it did. One that it
+                did not show is a warning: it is printed and recorded, and the step succeeds.
 
         Raises:
-            StepError: Some promise was not kept; the results are not recorded.
+            StepError: A check failed; the results are not recorded.
         """
-        warnings = [what for what, seen in (shown or {}).items() if not seen]
-        for promise, kept in {**checks, **(shown or {})}.items():
-            print(("✓ " if kept else "⚠ not shown: " if promise in warnings else "✗ ") + promise)
-        broken = [promise for promise, kept in checks.items() if not kept]
-        if broken:
+        shown = shown or {}
+        warnings = [statement for statement, seen in shown.items() if not seen]
+        failed = [statement for statement, true in checks.items() if not true]
+        for statement in [*checks, *shown]:
+            mark = "✗ " if statement in failed else "⚠ not shown: "
+            print((mark if statement in failed + warnings else "✓ ") + statement)
+        if failed:
             raise StepError(
-                f"{self.name} did not keep its promise: {'; '.join(broken)}",
+                f"a check of {self.name} failed: {'; '.join(failed)}",
                 where=self.run.folder,
-                do="see «If it fails» at the end of the notebook",
+                do="see 'If it fails' at the end of the notebook",
             )
         seconds = round(time.monotonic() - self._started, 1)
         timed = {"notebooks": {self.name: {"seconds": seconds, "warnings": warnings}}}
@@ -72,21 +68,21 @@ class Step:
 
 
 def begin(step: str, *, needs: str | None = None, **parameters: Any) -> Step:
-    """Opens a step: refuses unknown parameters, a missing predecessor, and a run that is another's.
+    """Validates the parameters of a notebook and opens its run.
 
     Args:
-        step: The notebook's name, ``"04_train"``.
+        step: The notebook's name, such as ``"04_train"``.
         needs: The step that must have been run before.
-        **parameters: Every parameter of the notebook by its own name, ``RUN_NAME`` among them.
+        **parameters: All parameters of the notebook by name, with ``RUN_NAME``.
 
     Raises:
-        ParameterError: A parameter is unknown or of the wrong type.
+        ParameterError: A parameter is unknown or has the wrong type.
         StepError: The step before has not been run.
         RunExistsError: This run has been trained with other settings.
     """
-    _refuse_unknown(step, parameters)
-    name, storage = parameters["RUN_NAME"], parameters.get("STORAGE")
-    run = Run.open(name, storage)
+    _validate_types(step, parameters)
+    _validate_names(step, parameters)
+    run = Run.open(parameters["RUN_NAME"], parameters.get("STORAGE"))
     defining = defining_parameters(parameters)
     if needs:
         run.read_step(needs)
@@ -95,7 +91,11 @@ def begin(step: str, *, needs: str | None = None, **parameters: Any) -> Step:
 
 
 def defining_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a step's parameters that decide what is trained, in one form to compare."""
+    """Returns the parameters of a step that decide what is trained, ready to compare.
+
+    Raises:
+        ParameterError: One of them holds a token, or OVERRIDES is not a dict.
+    """
     defining = {key: parameters[key] for key in _DEFINING if key in parameters}
     if "OVERRIDES" in defining:
         defining["OVERRIDES"] = as_overrides(defining["OVERRIDES"])
@@ -103,17 +103,17 @@ def defining_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
         if has_token(value):
             raise ParameterError(
                 f"{key} holds a token",
-                expected="secrets in the environment only: parameters stand in notebooks",
-                do="`export HF_TOKEN=…` before starting, and take it out of the parameter",
+                expected="secrets in the environment only: notebooks store their parameters",
+                do="`export HF_TOKEN=…` before you start, and remove it from the parameter",
             )
     return defining
 
 
 def refuse_other_settings(run: Run, step: str, defining: Mapping[str, Any]) -> None:
-    """A run that has begun to train keeps its settings.
+    """Checks that a run whose training has begun keeps its settings.
 
     Raises:
-        RunExistsError: A step of it was recorded with other ones.
+        RunExistsError: The step was recorded with other settings.
     """
     if run.state == "new" or not run.step_json(step).is_file():
         return
@@ -122,19 +122,19 @@ def refuse_other_settings(run: Run, step: str, defining: Mapping[str, Any]) -> N
     if changed == ["OVERRIDES"] and run.state == "started":
         old, new = before["OVERRIDES"], defining["OVERRIDES"]
         if {k for k in old.keys() | new.keys() if old.get(k) != new.get(k)} <= MAY_CHANGE:
-            return  # 03_config looks closer
+            return  # 03_config compares the values
     if changed:
         raise RunExistsError(
             f"the run '{run.name}' has been trained with other settings: "
             + ", ".join(f"{k} was {before.get(k)!r}, is now {defining[k]!r}" for k in changed),
             where=run.folder,
-            expected="the same settings (to look at it again or resume it), or a new run",
+            expected="the same settings, to read or resume this run, or a new run",
             do="choose another RUN_NAME, or move that folder away; nothing was changed",
         )
 
 
 def as_overrides(overrides: Any) -> dict[str, Any]:
-    """OVERRIDES as a dict; a string (papermill's ``-p``) is read as YAML.
+    """Returns OVERRIDES as a dict; a string (papermill's ``-p``) is read as YAML.
 
     Raises:
         ParameterError: It is neither a dict nor YAML of one.
@@ -149,29 +149,28 @@ def as_overrides(overrides: Any) -> dict[str, Any]:
         raise ParameterError(
             f"OVERRIDES is {overrides!r}",
             expected="a dict of LLaMA-Factory keys, such as {'max_steps': 10}",
-            do='in papermill: -y "OVERRIDES: {max_steps: 10}"',
+            do='with papermill: -y "OVERRIDES: {max_steps: 10}"',
         )
     return overrides
 
 
-def _refuse_unknown(step: str, parameters: Mapping[str, Any]) -> None:
-    """Papermill only warns of a parameter a notebook does not have; here it is an error."""
+def _validate_types(step: str, parameters: Mapping[str, Any]) -> None:
     for key in ("RUN_NAME", "STORAGE", "TRAIN_CONFIG", "TEXT_COLUMN"):
         value = parameters.get(key)
         if value is not None and not isinstance(value, str):
             raise ParameterError(
                 f"{key} is {value!r}", where=step, expected="a string", do=f"quote it: {key}='…'"
             )
-    try:
-        from IPython import get_ipython
-    except ImportError:
-        return
-    shell = get_ipython()
+
+
+def _validate_names(step: str, parameters: Mapping[str, Any]) -> None:
+    """Raises for a parameter that the notebook does not have; papermill only warns."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if shell is None:
         return
     given = {name for name in shell.user_ns if name.isupper() and not name.startswith("_")}
     for cell in shell.user_ns.get("In", []):
-        if cell.startswith("# Parameters\n"):  # the cell papermill injects
+        if cell.startswith("# Parameters\n"):  # the cell that papermill adds
             for node in ast.walk(ast.parse(cell)):
                 if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                     given.add(node.id)
@@ -180,5 +179,5 @@ def _refuse_unknown(step: str, parameters: Mapping[str, Any]) -> None:
             f"unknown parameter {name}",
             where=f"notebooks/{step}.ipynb",
             expected=f"one of {', '.join(parameters)} ({nearest(name, parameters)})",
-            do="correct the name or leave it out",
+            do="correct the name or remove it",
         )

@@ -1,12 +1,11 @@
-"""The six notebooks in order, headless, through papermill: what ``make run`` does."""
+"""The six notebooks in order through papermill (``make run``), and the training alone."""
 
 from __future__ import annotations
 
 import ast
 import json
+import logging
 import os
-import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,8 @@ def run_all(run: Run, parameters: dict[str, Any]) -> dict[str, Any]:
     """Runs the notebooks into ``<run>/notebooks/``, each with the parameters it declares.
 
     Args:
-        run: The run; its name and storage are given to every notebook.
-        parameters: ``TRAIN_CONFIG``, ``CORPUS``, ``OVERRIDES``, where given.
+        run: The run; every notebook gets its name and storage.
+        parameters: Other parameters, such as ``TRAIN_CONFIG``, ``CORPUS`` and ``OVERRIDES``.
 
     Returns:
         The run's results.
@@ -38,93 +37,70 @@ def run_all(run: Run, parameters: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ParameterError: No notebook has a parameter of that name.
         RunExistsError: The run has been trained with other settings.
-        StepError: A notebook failed; with its last error in plain words and its copy's path.
+        StepError: A notebook failed; with its last error and the path of its copy.
     """
     import papermill
-    from papermill.exceptions import PapermillExecutionError
 
-    _tame_jupyter()
-    for name, value in environment.kept_memory().items():
-        os.environ.setdefault(name, value)  # the notebooks' kernels start with them
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    quiet = {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "JUPYTER_PLATFORM_DIRS": "1"}
+    for name, value in {**quiet, **environment.kept_memory()}.items():
+        os.environ.setdefault(name, value)  # before the kernels start
     declared = {step: papermill.inspect_notebook(_source(step)) for step in STEPS}
+    known = set().union(*declared.values())
     for name in parameters:
-        if not any(name in names for names in declared.values()):
-            raise ParameterError(
-                f"unknown parameter {name}",
-                expected=", ".join(sorted(set().union(*declared.values()))),
-            )
+        if name not in known:
+            raise ParameterError(f"unknown parameter {name}", expected=", ".join(sorted(known)))
     given = {"RUN_NAME": run.name, "STORAGE": str(run.storage), **parameters}
-    if "TRAIN_CONFIG" in given or given.get("OVERRIDES"):  # ours has none mistyped
+    if "TRAIN_CONFIG" in given or given.get("OVERRIDES"):
         recipe = given.get("TRAIN_CONFIG", DEFAULT_RECIPE)
         resolution.check_keys(recipe, as_overrides(given.get("OVERRIDES", {})))
-    for step, own in declared.items():  # before the copies of an earlier run are replaced
-        values = {name: ast.literal_eval(parameter["default"]) for name, parameter in own.items()}
-        values |= {name: value for name, value in given.items() if name in own}
+    for step, defaults in declared.items():  # before the copies of an earlier run are replaced
+        values = {name: ast.literal_eval(default["default"]) for name, default in defaults.items()}
+        values |= {name: value for name, value in given.items() if name in defaults}
         refuse_other_settings(run, step, defining_parameters(values))
     run.notebooks.mkdir(parents=True, exist_ok=True)
-    for number, step in enumerate(STEPS, 1):
-        copy = run.notebooks / f"{step}.ipynb"
-        own = {name: value for name, value in given.items() if name in declared[step]}
-        cells = len(json.loads(_source(step).read_text("utf-8"))["cells"])
+    for step in STEPS:
         started = time.monotonic()
-        with _bar(
-            f"[{number}/{len(STEPS)}] {step}", cells, copy, run if step == "04_train" else None
-        ):
-            try:
-                papermill.execute_notebook(
-                    _source(step),
-                    copy,
-                    own,
-                    kernel_name="python3",
-                    progress_bar=False,
-                    autosave_cell_every=5,
-                    extra_arguments=["--log-level=ERROR"],  # the kernel's, about its own transport
-                )
-            except PapermillExecutionError as error:
-                raise _plain(step, copy, error) from None
-        print(f"[{number}/{len(STEPS)}] {step:<15} {time.monotonic() - started:6.0f} s", flush=True)
+        _execute(run, step, {name: given[name] for name in declared[step] if name in given})
+        print(f"{_number(step)} {step:<15} {time.monotonic() - started:6.0f} s", flush=True)
     return run.results()
 
 
 def summary_table(run: Run) -> str:
-    """What a finished run came to, in a few lines for a terminal."""
+    """Returns the results of a finished run as a few lines for a terminal."""
     results = run.results()
-    rows = []
-    for role, values in results.get("perplexity", {}).items():
-        change = values["after"] / values["before"] - 1
-        rows.append(
-            (
-                f"perplexity, {role}",
-                f"{values['before']:.1f} → {values['after']:.1f} ({change:+.0%})",
-            )
-        )
     train = results["train"]
     minutes = sum(step["seconds"] for step in results["notebooks"].values()) / 60
-    rows += [
-        ("trained", f"{train['tokens']:,} tokens in {train['steps']} steps"),
-        ("speed", f"{train['tokens_per_second']:.0f} tokens/s"),
-        ("minutes", f"{minutes:.1f} in all, {train['seconds'] / 60:.1f} of training"),
-        ("model", results["export"]["path"]),
-        ("notebooks", str(run.notebooks)),
-        ("results", str(run.results_json)),
-    ]
-    for step, own in results["notebooks"].items():
-        rows += [(f"warning of {step}", f"not shown: {what}") for what in own.get("warnings", [])]
+    rows = {}
+    for role, values in results.get("perplexity", {}).items():
+        before, after = values["before"], values["after"]
+        rows[f"perplexity, {role}"] = f"{before:.1f} → {after:.1f} ({after / before - 1:+.0%})"
+    rows |= {
+        "trained": f"{train['tokens']:,} tokens in {train['steps']} steps",
+        "speed": f"{train['tokens_per_second']:.0f} tokens/s",
+        "minutes": f"{minutes:.1f} in all, {train['seconds'] / 60:.1f} of training",
+        "model": results["export"]["path"],
+        "notebooks": str(run.notebooks),
+        "results": str(run.results_json),
+    }
+    for step, recorded in results["notebooks"].items():
+        if recorded.get("warnings"):
+            rows[f"warning of {step}"] = f"not shown: {', '.join(recorded['warnings'])}"
     if results.get("tracking"):
-        rows.append(("MLflow", tracking.how_to_open(results["tracking"])))
-    width = max(len(label) for label, _ in rows)
-    return "\n".join(f"  {label:<{width}}  {value}" for label, value in rows)
+        rows["MLflow"] = tracking.how_to_open(results["tracking"])
+    width = max(map(len, rows))
+    return "\n".join(f"  {label:<{width}}  {value}" for label, value in rows.items())
 
 
 def main(arguments: Any) -> int:
-    """``python -m cpt_helpers run``: all six notebooks, then the table."""
-    parameters: dict[str, Any] = as_overrides(arguments.parameters)
-    if arguments.config:
-        parameters["TRAIN_CONFIG"] = arguments.config
-    if arguments.corpus:
-        parameters["CORPUS"] = arguments.corpus
-    if arguments.overrides:
-        parameters["OVERRIDES"] = as_overrides(arguments.overrides)
+    """``python -m cpt_helpers run``: runs the six notebooks and prints the results."""
+    given = {
+        "TRAIN_CONFIG": arguments.config,
+        "CORPUS": arguments.corpus,
+        "OVERRIDES": as_overrides(arguments.overrides),
+    }
+    parameters = as_overrides(arguments.parameters)
+    parameters |= {name: value for name, value in given.items() if value}
     run = Run.open(arguments.run, arguments.storage)
     print(f"run '{run.name}' in {run.folder}", flush=True)
     run_all(run, parameters)
@@ -133,10 +109,10 @@ def main(arguments: Any) -> int:
 
 
 def configure(run: Run, train_config: str, corpus: str, overrides: dict[str, Any]) -> None:
-    """What notebooks 01 to 03 leave for the training, without them: model, corpus, recipe.
+    """Does the work of notebooks 01 to 03: model, corpus and resolved recipe.
 
     Raises:
-        ConfigError: The recipe cannot be used, or the corpus lasts fewer steps than it asks for.
+        ConfigError: The recipe cannot be used, or the corpus has too few blocks for its steps.
         DataError: A corpus cannot be used.
     """
     resolution.check_keys(train_config, overrides)
@@ -149,7 +125,7 @@ def configure(run: Run, train_config: str, corpus: str, overrides: dict[str, Any
 
 
 def plan(arguments: Any) -> int:
-    """``python -m cpt_helpers plan``: the plan of a recipe, with a measured speed where asked."""
+    """``python -m cpt_helpers plan``: prints the plan of a recipe, with ``--probe`` measured."""
     speed = arguments.tokens_per_second
     if arguments.probe:
         recipe = arguments.recipe or arguments.config or DEFAULT_RECIPE
@@ -160,33 +136,33 @@ def plan(arguments: Any) -> int:
 
 
 def probe(run: Run, recipe: str, overrides: dict[str, Any], corpus: str, steps: int) -> float:
-    """Trains a few steps of a recipe beside the run, and measures its speed.
+    """Trains a few steps of a recipe in a run of its own, and measures the speed.
 
     Returns:
-        Tokens a second over all workers, the median of the steps.
+        Tokens per second over all workers, the median of the steps.
     """
-    beside = Run.open(f"{run.name}-probe-{steps}", run.storage)
-    configure(beside, recipe, corpus, overrides | _PROBE | {"max_steps": steps})
-    trained = launch.train(beside, recipes.load(beside))
-    seen = max(event["memory"] for event in beside.events() if event["event"] == "step")
+    short = Run.open(f"{run.name}-probe-{steps}", run.storage)
+    configure(short, recipe, corpus, overrides | _PROBE | {"max_steps": steps})
+    trained = launch.train(short, recipes.load(short))
+    memory = max(event["memory"] for event in short.events() if event["event"] == "step")
     print(
         f"probe: {steps} steps, {trained['tokens_per_second']:.0f} tokens/s, "
-        f"{seen / 2**30:.2f} GiB at the peak of rank 0, "
+        f"{memory / 2**30:.2f} GiB peak memory of rank 0, "
         f"{trained['seconds_to_first_step']:.0f} s to the first step\n"
     )
     return trained["tokens_per_second"]
 
 
 def train(arguments: Any) -> int:
-    """``python -m cpt_helpers train``: the training alone, also to take it up again."""
+    """``python -m cpt_helpers train``: trains or resumes a run, without the notebooks."""
     run = Run.open(arguments.run, arguments.storage)
     given = arguments.config or arguments.corpus or arguments.overrides
     if given and run.train_yaml.is_file() and not arguments.config:
         raise ParameterError(
-            f"the run '{run.name}' has a recipe, and other settings were given without one",
+            f"the run '{run.name}' has a recipe, and the new settings name none",
             where=run.train_yaml,
-            expected="--config beside --corpus and --overrides, or none of the three",
-            do="say --config with the recipe it was made from",
+            expected="--config together with --corpus and --overrides, or none of the three",
+            do="add --config with the recipe of the run",
         )
     if given or not run.train_yaml.is_file():
         overrides = as_overrides(arguments.overrides)
@@ -195,8 +171,7 @@ def train(arguments: Any) -> int:
         raise RunExistsError(
             f"the run '{run.name}' was interrupted",
             where=run.folder,
-            expected="--resume, to go on from its newest checkpoint",
-            do="add --resume, or choose another --run",
+            do="add --resume to continue from its newest checkpoint, or choose another --run",
         )
     trained = launch.train(
         run, recipes.load(run), retries=arguments.retries, workers=arguments.workers
@@ -212,71 +187,52 @@ def _source(step: str) -> Path:
     return NOTEBOOKS / f"{step}.ipynb"
 
 
-def _tame_jupyter() -> None:
-    """Quiets what papermill and Jupyter say that no reader can act on."""
-    import logging
-
-    logging.getLogger("papermill").setLevel(logging.ERROR)
-    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
-    os.environ.setdefault("JUPYTER_PLATFORM_DIRS", "1")
+def _number(step: str) -> str:
+    return f"[{STEPS.index(step) + 1}/{len(STEPS)}]"
 
 
-class _bar:
-    """A notebook's progress on the terminal: cells done, and the training while it runs."""
+def _execute(run: Run, step: str, parameters: dict[str, Any]) -> None:
+    """Runs one notebook; the terminal shows its cells, and in step 4 the training."""
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
 
-    def __init__(self, label: str, cells: int, copy: Path, training: Run | None) -> None:
-        self.label, self.cells, self.copy, self.training = label, cells, copy, training
-        self.done = threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
+    copy = run.notebooks / f"{step}.ipynb"
+    copy.unlink(missing_ok=True)  # the cells of an older copy would count as progress
+    cells = len(_cells(_source(step)))
 
-    def __enter__(self) -> None:
-        self.copy.unlink(missing_ok=True)  # an older copy would be counted as progress
-        self.thread.start()
+    def status() -> tuple[int, int, str]:
+        states = [cell["metadata"].get("papermill", {}).get("status") for cell in _cells(copy)]
+        line = ""
+        if step == "04_train" and run.events():
+            done, total, text = display.progress(run)
+            line = f"training step {done}/{total}: {text}"
+        return states.count("completed"), cells, line
 
-    def __exit__(self, *_: Any) -> None:
-        self.done.set()
-        self.thread.join()
-
-    def _watch(self) -> None:
-        from tqdm import tqdm
-
-        tty = sys.stderr.isatty()
-        options = {"bar_format": "{desc} |{bar}| cell {n_fmt}/{total_fmt} {elapsed} {postfix}"}
-        with tqdm(
-            total=self.cells, desc=self.label, leave=False, disable=not tty, **options
-        ) as bar:
-            said = ""
-            while not self.done.wait(1.0):
-                bar.n = self._cells_done()
-                line = self._training_line()
-                bar.set_postfix_str(line, refresh=True)
-                if line and not tty and line != said:  # a log file: a line when something changed
-                    print(f"{self.label}: {line}", file=sys.stderr, flush=True)
-                said = line
-
-    def _cells_done(self) -> int:
-        try:
-            cells = json.loads(self.copy.read_text("utf-8"))["cells"]
-        except (OSError, ValueError):
-            return 0
-        states = [cell["metadata"].get("papermill", {}).get("status") for cell in cells]
-        return sum(state == "completed" for state in states)
-
-    def _training_line(self) -> str:
-        if self.training is None or not self.training.events():
-            return ""
-        step, steps, line = display.progress(self.training)
-        return f"step {step}/{steps}: {line}"
+    try:
+        with display.live(status, label=f"{_number(step)} {step} ", unit="cell"):
+            papermill.execute_notebook(
+                _source(step),
+                copy,
+                parameters,
+                kernel_name="python3",
+                progress_bar=False,
+                autosave_cell_every=5,
+                extra_arguments=["--log-level=ERROR"],
+            )
+    except PapermillExecutionError as error:
+        message = str(error.evalue).strip() or "(no message)"
+        ours = any(f"\n  {label}:" in message for label in ("where", "expected", "do"))
+        lines = message.splitlines() if ours else message.splitlines()[-3:]
+        raise StepError(
+            f"notebook {step} stopped in cell {error.cell_index}: {error.ename}: "
+            + "\n".join(lines),
+            where=f"{copy} (executed up to this cell)",
+            do="fix the cause and repeat the command",
+        ) from None
 
 
-def _plain(step: str, copy: Path, error: Any) -> StepError:
-    """A papermill failure as the last error of the notebook, without the traceback."""
-    message = str(error.evalue).strip()
-    known = "\n  where:" in message or "\n  expected:" in message or "\n  do:" in message
-    lines = message.splitlines() if known else message.splitlines()[-3:]
-    return StepError(
-        f"notebook {step} stopped in cell {error.cell_index}: {error.ename}: "
-        + "\n".join(lines or ["(no message)"]),
-        where=f"{copy} (executed up to there)",
-        do="mend the cause and give the same command again",
-    )
+def _cells(notebook: Path) -> list[dict[str, Any]]:
+    try:
+        return json.loads(notebook.read_text("utf-8"))["cells"]
+    except (OSError, ValueError):  # not written yet
+        return []

@@ -1,13 +1,13 @@
-"""Recipes: LLaMA-Factory's YAML files, read, and what their keys say.
+"""Recipes: LLaMA-Factory's YAML files, and the values of their keys.
 
-Every step reads a recipe; :mod:`config` resolves and validates it.
+Every step reads a recipe. The sub-package ``config`` resolves and validates it.
 """
 
 from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from .errors import ConfigError
 from .run import PROJECT, Run
@@ -16,8 +16,8 @@ DEFAULT_RECIPE = "cpt_cpu.yaml"
 RECIPES = PROJECT / "train-configs"
 DEEPSPEED_CONFIGS = PROJECT / "deepspeed-configs"
 _STORAGE_PREFIXES = ("/mnt/cluster_storage", "cluster_storage")
-# What may differ when a run is taken up again: where and how it runs, not what it learns. The sizes
-# of a batch may as long as their product stays.
+# Keys that may differ when a run is resumed: where and how it runs, not what it learns. The batch
+# sizes may differ if the global batch stays the same.
 MAY_CHANGE = frozenset(
     {
         "ray_num_workers", "per_device_train_batch_size", "gradient_accumulation_steps",
@@ -27,55 +27,40 @@ MAY_CHANGE = frozenset(
         "overwrite_cache", "disable_gradient_checkpointing", "include_num_input_tokens_seen",
     }
 )  # fmt: skip
-HELD_OUT = "_heldout"  # the suffix of a corpus's held-out half in the registry
+HELD_OUT = "_heldout"  # the suffix of a corpus's held-out part in the registry
+T = TypeVar("T")
+
+
+class _Key(Generic[T]):
+    """A key of a recipe, and LLaMA-Factory's default where it is not set."""
+
+    def __init__(self, name: str, default: T) -> None:
+        self.name, self.default = name, default
+
+    def __get__(self, recipe: Recipe, owner: type[Recipe]) -> T:
+        return recipe.get(self.name, self.default)
 
 
 class Recipe(dict[str, Any]):
-    """LLaMA-Factory's keys of a recipe, and its defaults where a key is not set.
+    """The keys of a recipe as in its YAML file, with names for those that several steps need."""
 
-    A mapping like the YAML file it is read from and written to. What several steps need has a name.
-    """
+    micro_batch = _Key("per_device_train_batch_size", 8)  # blocks that a worker computes at once
+    accumulation = _Key("gradient_accumulation_steps", 1)  # micro-batches per optimizer step
+    workers = _Key("ray_num_workers", 1)
+    block_size = _Key("cutoff_len", 2048)  # tokens per block
+    max_steps = _Key("max_steps", -1)  # optimizer steps; -1 if the number of epochs decides
+    save_steps = _Key("save_steps", 500)
+    method = _Key("finetuning_type", "lora")  # "full", "freeze" or "lora"
+    placement_strategy = _Key("placement_strategy", "PACK")
+    ddp_timeout = _Key("ddp_timeout", 1800)  # seconds until a collective operation fails
 
-    def __or__(self, other: Any) -> Recipe:
+    def __or__(self, other: Any) -> Recipe:  # type: ignore[override]  # keeps the class
         return Recipe(super().__or__(other))
 
     @property
-    def micro_batch(self) -> int:
-        """Blocks that a worker takes at once."""
-        return self.get("per_device_train_batch_size", 8)
-
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches of one optimizer step."""
-        return self.get("gradient_accumulation_steps", 1)
-
-    @property
-    def workers(self) -> int:
-        return self.get("ray_num_workers", 1)
-
-    @property
-    def block_size(self) -> int:
-        """Tokens of a block."""
-        return self.get("cutoff_len", 2048)
-
-    @property
     def global_batch(self) -> int:
-        """Blocks of one optimizer step, over all workers."""
+        """Blocks per optimizer step, over all workers."""
         return self.micro_batch * self.accumulation * self.workers
-
-    @property
-    def max_steps(self) -> int:
-        """Optimizer steps; -1 where epochs decide."""
-        return self.get("max_steps", -1)
-
-    @property
-    def save_steps(self) -> int:
-        return self.get("save_steps", 500)
-
-    @property
-    def method(self) -> str:
-        """``"full"``, ``"freeze"`` or ``"lora"``."""
-        return self.get("finetuning_type", "lora")
 
     @property
     def use_cpu(self) -> bool:
@@ -83,22 +68,13 @@ class Recipe(dict[str, Any]):
 
     @property
     def precision(self) -> str:
-        """The precision of the matrix products."""
+        """The data type of the matrix products."""
         return "bfloat16" if self.get("bf16") else "float16" if self.get("fp16") else "float32"
 
     @property
     def resources(self) -> dict[str, float]:
-        """What each worker asks Ray for."""
+        """Ray resources of each worker."""
         return self.get("resources_per_worker") or {"GPU": 1}
-
-    @property
-    def placement_strategy(self) -> str:
-        return self.get("placement_strategy", "PACK")
-
-    @property
-    def ddp_timeout(self) -> int:
-        """Seconds that a collective may take."""
-        return self.get("ddp_timeout", 1800)
 
     @property
     def variables(self) -> dict[str, str]:
@@ -108,22 +84,22 @@ class Recipe(dict[str, Any]):
 
     @property
     def held_out(self) -> dict[str, str]:
-        """The roles of the held-out sets: ``{"domain": …, "general": …}`` by registry name.
+        """The held-out datasets by role: ``{"domain": …, "general": …}``.
 
-        The domain is the held-out half of the first corpus trained on; general text is the first
-        other set.
+        The domain is the held-out part of the first training corpus. The general text is the first
+        other dataset.
         """
         names = names_of(self.get("eval_dataset"))
-        own = [name + HELD_OUT for name in names_of(self.get("dataset"))[:1]]
-        roles = {"domain": next((n for n in names if n in own), None)}
-        roles["general"] = next((n for n in names if n not in own), None)
-        return {role: name for role, name in roles.items() if name}
+        domain = [name + HELD_OUT for name in names_of(self.get("dataset"))[:1]]
+        roles = {"domain": [name for name in names if name in domain]}
+        roles["general"] = [name for name in names if name not in domain]
+        return {role: datasets[0] for role, datasets in roles.items() if datasets}
 
     def with_workers(self, workers: int | None) -> Recipe:
-        """The recipe for another number of workers and the same global batch.
+        """Returns the recipe for another number of workers, with the same global batch.
 
         Raises:
-            ConfigError: The global batch cannot be divided so.
+            ConfigError: The global batch cannot be divided by this number.
         """
         if not workers or workers == self.workers:
             return self
@@ -135,7 +111,7 @@ class Recipe(dict[str, Any]):
                 f"{workers} workers cannot share a step of {batch} blocks",
                 where="ray_num_workers",
                 expected=f"a divisor of the global batch: {', '.join(map(str, divisors[:12]))}",
-                do="choose one of these; another global batch would be another training",
+                do="choose one of these, so that the global batch stays the same",
             )
         return self | {
             "ray_num_workers": workers,
@@ -145,22 +121,21 @@ class Recipe(dict[str, Any]):
 
 
 def read_recipe(train_config: str) -> tuple[Path, Recipe]:
-    """A recipe by its file name in ``train-configs/`` or by path.
+    """Reads a recipe, given its file name in ``train-configs/`` or its path.
 
     Raises:
-        ConfigError: There is no such file, or it is not YAML of a mapping.
+        ConfigError: The file does not exist, or it is not a YAML mapping.
     """
     import yaml
 
-    named = RECIPES / Path(train_config).name
-    path = Path(train_config).expanduser()
-    path = path if path.is_file() else PROJECT / train_config
-    path = path if path.is_file() else named
-    shipped = [recipe.name for recipe in sorted(RECIPES.glob("*.yaml"))]
-    if not path.is_file() or not train_config:
+    given = Path(train_config).expanduser()
+    candidates = (given, PROJECT / given, RECIPES / given.name)
+    path = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if path is None:
+        shipped = [recipe.name for recipe in sorted(RECIPES.glob("*.yaml"))]
         raise ConfigError(
             f"the recipe '{train_config}' does not exist",
-            where=Path(train_config).absolute(),
+            where=given.absolute(),
             expected=f"a path, or one of {', '.join(shipped)}",
             do="correct TRAIN_CONFIG",
         )
@@ -179,7 +154,7 @@ def read_recipe(train_config: str) -> tuple[Path, Recipe]:
 
 
 def model_of(train_config: str, overrides: dict[str, Any], storage: Path) -> str:
-    """The model a recipe names: an absolute folder, or a name on the Hugging Face hub."""
+    """Returns the model of a recipe: an absolute folder, or a name on the Hugging Face hub."""
     path, recipe = read_recipe(train_config)
     merged = recipe | overrides
     if "model_name_or_path" not in merged:
@@ -188,7 +163,7 @@ def model_of(train_config: str, overrides: dict[str, Any], storage: Path) -> str
 
 
 def corpus_of(train_config: str, overrides: dict[str, Any]) -> str:
-    """The corpus a recipe trains on, its ``dataset``."""
+    """Returns the corpus of a recipe, its ``dataset``."""
     path, recipe = read_recipe(train_config)
     names = names_of((recipe | overrides).get("dataset"))
     if not names:
@@ -197,14 +172,14 @@ def corpus_of(train_config: str, overrides: dict[str, Any]) -> str:
         raise ConfigError(
             f"the recipe names {len(names)} datasets: {', '.join(names)}",
             where=f"{path}{line_of(path, 'dataset')}",
-            expected="one corpus; several need weights",
-            do="give them as CORPUS: " + "{" + ", ".join(f"{n!r}: 1" for n in names) + "}",
+            expected="one corpus, or several with weights",
+            do="set CORPUS: " + "{" + ", ".join(f"{n!r}: 1" for n in names) + "}",
         )
     return names[0]
 
 
 def load(run: Run) -> Recipe:
-    """The resolved recipe of a run.
+    """Reads the resolved recipe of a run.
 
     Raises:
         ConfigError: It has not been written.
@@ -221,7 +196,7 @@ def load(run: Run) -> Recipe:
 
 
 def on_storage(value: Any, storage: Path, *, path_like: bool) -> Any:
-    """A recipe's ``cluster_storage/…`` as a path of this storage; local model folders absolute."""
+    """Replaces ``cluster_storage/…`` by a path of this storage; makes local folders absolute."""
     if not isinstance(value, str):
         return value
     for prefix in _STORAGE_PREFIXES:
@@ -234,7 +209,7 @@ def on_storage(value: Any, storage: Path, *, path_like: bool) -> Any:
 
 @cache
 def known_keys() -> dict[str, Any]:
-    """Every key LLaMA-Factory's training takes, with its argparse action."""
+    """Returns every key of LLaMA-Factory's training, with its argparse action."""
     from llamafactory.hparams import parser as hparams
     from transformers import HfArgumentParser
 
@@ -243,24 +218,24 @@ def known_keys() -> dict[str, Any]:
 
 
 def numbers_as_such(args: dict[str, Any]) -> list[str]:
-    """Makes numbers of what YAML reads as text, such as ``1e-4``, and whole numbers of ``4.0``.
+    """Converts text that YAML did not read as a number, such as ``1e-4``, and ``4.0`` to ``4``.
 
     Returns:
-        The keys that were text.
+        The keys whose value was text.
     """
     known, changed = known_keys(), []
     for key, value in args.items():
-        kind = known[key].type if key in known else None
-        if isinstance(value, str) and kind in (int, float):
-            args[key] = kind(value)
+        number = known[key].type if key in known else None
+        if isinstance(value, str) and number in (int, float):
+            args[key] = number(value)
             changed.append(key)
-        elif isinstance(value, float) and kind is int:
+        elif isinstance(value, float) and number is int:
             args[key] = int(value)
     return changed
 
 
 def where_of(path: Path, key: str, overrides: dict[str, Any]) -> str:
-    """Where a key was set: ``OVERRIDES``, or the recipe and the line."""
+    """Returns the place that sets a key: ``OVERRIDES``, or file and line of the recipe."""
     return f"OVERRIDES: {key}" if key in overrides else f"{path}{line_of(path, key)}"
 
 

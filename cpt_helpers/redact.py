@@ -1,4 +1,4 @@
-"""Credentials in text: found where they must not be given, hidden where text is shown or kept."""
+"""Credentials in text: finds them in parameters, and hides them in output and files."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-# Tokens by their prefix (hf_hub_token is a key, no token), and ``user:password@`` of a URI, in
-# which RFC 3986 allows no "/" or "@".
+# Tokens by their prefix (hf_hub_token is a key, not a token), and ``user:password@`` of a URI,
+# where RFC 3986 allows no "/" or "@".
 SECRET = re.compile(
     r"\bhf_(?=\w*\d|[A-Za-z]{30})\w{8,}|\bdapi[0-9a-f]{16,}|\bAKIA[0-9A-Z]{16}\b|\bsk-\w{16,}"
     r"|(?<=://)[^\s/@:]*:[^\s/@]+(?=@)"
@@ -19,21 +19,17 @@ _QUERY = re.compile(
 
 
 def redact(text: object) -> str:
-    """Hides tokens and the credentials of URIs; the rest of the text is unchanged.
-
-    Args:
-        text: A URI, or text that may quote one, such as an exception of ``requests``.
-    """
+    """Replaces tokens and the credentials of URIs in a text by ``***``."""
     return _QUERY.sub(r"\1***", SECRET.sub("***", _USER.sub("***", str(text))))
 
 
 def has_token(value: Any) -> bool:
-    """Whether something in a value looks like an access token."""
+    """Returns whether a string inside a value looks like an access token."""
     return any(SECRET.search(text) for _, text in strings(value))
 
 
 def strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every string in nested values, with its dotted key."""
+    """Yields each string in nested values, with its dotted key."""
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, dict):

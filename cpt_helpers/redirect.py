@@ -1,4 +1,4 @@
-"""Where a process's output goes, that of its C++ libraries and child processes included."""
+"""Redirects the output of a process, with that of its C++ libraries and child processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 @contextmanager
 def redirected(path: str | os.PathLike) -> Iterator[None]:
-    """Sends all this process prints to the end of a file while the block runs."""
+    """Appends the output of this process to a file while the block runs."""
     sys.stdout.flush()
     sys.stderr.flush()
     saved = [os.dup(1), os.dup(2)]
@@ -31,6 +31,6 @@ def redirected(path: str | os.PathLike) -> Iterator[None]:
 
 @contextmanager
 def hushed() -> Iterator[None]:
-    """Drops what libraries print in this process while the block runs; errors are still raised."""
+    """Discards the output of this process while the block runs; exceptions are still raised."""
     with redirected(os.devnull), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         yield

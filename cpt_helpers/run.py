@@ -1,4 +1,4 @@
-"""One run of the walkthrough: the folder it owns on the storage, and what stands in it."""
+"""One run of the walkthrough: its folder on the storage and the files in it."""
 
 from __future__ import annotations
 
@@ -21,18 +21,28 @@ PROJECT = Path(__file__).resolve().parent.parent
 STEPS = ("01_setup", "02_data", "03_config", "04_train", "05_checkpoints", "06_export")
 CLUSTER_STORAGE = Path("/mnt/cluster_storage")  # shared by all nodes of an Anyscale cluster
 LAB = "lab"  # the working copies of the notebooks
-# Next to the runs, on the same storage. dataset_info.json is the registry of the corpora.
+# Names next to the runs on the storage. dataset_info.json is the registry of the corpora.
 SHARED = ("models", "corpora", "tokenised", "mlflow", "adapters", "dataset_info.json", LAB)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
+class _Inside:
+    """A path in the folder of a run."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __get__(self, run: Run, owner: type[Run]) -> Path:
+        return run.folder / self.path
+
+
 @dataclass(frozen=True)
 class Run:
-    """Everything one run owns, all of it in ``<storage>/<name>/``.
+    """The files of one run, all of them in ``<storage>/<name>/``.
 
     Attributes:
         name: The run's name, also Ray's ``ray_run_name``.
-        storage: Absolute path every node sees; Ray's ``ray_storage_path``.
+        storage: Absolute path that every node sees; Ray's ``ray_storage_path``.
     """
 
     name: str
@@ -40,11 +50,11 @@ class Run:
 
     @classmethod
     def open(cls, name: str, storage: str | os.PathLike | None = None) -> Run:
-        """Names a run and makes sure its storage can be written.
+        """Validates the name of a run and checks that its storage can be written.
 
         Raises:
-            ParameterError: The name is not one path component, is shared, or is a file's.
-            StorageError: The storage does not exist, is no folder, or cannot be written.
+            ParameterError: The name is no single path component, is reserved, or is a file's.
+            StorageError: The storage does not exist, is not a folder, or cannot be written.
         """
         if not isinstance(name, str) or not _NAME.fullmatch(name) or name.lower() in SHARED:
             raise ParameterError(
@@ -58,7 +68,6 @@ class Run:
             raise ParameterError(
                 f"RUN_NAME {name!r} cannot name a run: a file has this name",
                 where=run.folder,
-                expected="a new name, or the folder of a run",
                 do="choose another name",
             )
         return run
@@ -67,46 +76,15 @@ class Run:
     def folder(self) -> Path:
         return self.storage / self.name
 
-    @property
-    def config_dir(self) -> Path:
-        """The resolved recipe and its DeepSpeed file, as the workers read them."""
-        return self.folder / "config"
-
-    @property
-    def train_yaml(self) -> Path:
-        return self.config_dir / "train.yaml"
-
-    @property
-    def output(self) -> Path:
-        """LLaMA-Factory's ``output_dir``: the final model and the trainer's own logs."""
-        return self.folder / "output"
-
-    @property
-    def logs(self) -> Path:
-        """What each rank printed, ``rank-<n>.log``."""
-        return self.folder / "logs"
-
-    @property
-    def metrics(self) -> Path:
-        """Rank 0's events, one JSON object a line: each start, step, eval, save, end."""
-        return self.folder / "metrics.jsonl"
-
-    @property
-    def export(self) -> Path:
-        return self.folder / "export"
-
-    @property
-    def notebooks(self) -> Path:
-        """The executed copies of the notebooks."""
-        return self.folder / "notebooks"
-
-    @property
-    def figures(self) -> Path:
-        return self.folder / "figures"
-
-    @property
-    def results_json(self) -> Path:
-        return self.folder / "results.json"
+    config_dir = _Inside("config")  # the resolved recipe and its DeepSpeed file
+    train_yaml = _Inside("config/train.yaml")
+    output = _Inside("output")  # LLaMA-Factory's output_dir: the final model, the trainer's logs
+    logs = _Inside("logs")  # the output of each rank, rank-<n>.log
+    metrics = _Inside("metrics.jsonl")  # events: start, step, eval, save, end, diverged
+    export = _Inside("export")
+    notebooks = _Inside("notebooks")  # the executed copies
+    figures = _Inside("figures")
+    results_json = _Inside("results.json")
 
     @property
     def mlflow_db(self) -> Path:
@@ -116,28 +94,47 @@ class Run:
         return self.folder / "results" / f"{step}.json"
 
     def read_step(self, step: str) -> dict[str, Any]:
-        """What a step recorded.
+        """Returns the results that a step recorded.
 
         Raises:
-            StepError: The step has not been run for this run.
+            StepError: The step has not been run for this run, or its record is damaged.
         """
         path = self.step_json(step)
+        do = f"run notebooks/{step}.ipynb with RUN_NAME={self.name}, or all with `make run`"
         if not path.is_file():
             raise StepError(
                 f"{step} has not been run for the run '{self.name}'",
-                where=f"no {path}",
-                expected=f"the results of {step}",
-                do=f"run notebooks/{step}.ipynb with RUN_NAME={self.name}, or all with `make run`",
+                where=f"{path} does not exist",
+                do=do,
             )
-        return json.loads(path.read_text("utf-8"))
+        return _read_record(path, do)
 
     def results(self) -> dict[str, Any]:
-        """All steps' results, merged; empty before the first step."""
-        return json.loads(self.results_json.read_text()) if self.results_json.is_file() else {}
+        """Returns the merged results of all steps; empty before the first step.
+
+        Raises:
+            StepError: The record is damaged.
+        """
+        path = self.results_json
+        return _read_record(path, "run a notebook of this run again") if path.is_file() else {}
 
     def events(self) -> list[dict[str, Any]]:
-        """The training's events so far, oldest first; a resumed run's steps appear once."""
-        return list(_read_events(self.metrics))
+        """Returns the events of the training, oldest first; each step of a resumed run once."""
+        events: list[dict[str, Any]] = []
+        lines = self.metrics.read_text("utf-8").splitlines() if self.metrics.is_file() else []
+        for line in lines:
+            try:
+                event = json.loads(line)
+            except json.JSONDecodeError:  # an incomplete line, at a crash or while it is written
+                continue
+            if event["event"] == "start":  # it repeats the steps after its checkpoint
+                events = [
+                    e
+                    for e in events
+                    if e["event"] in ("start", "diverged") or 0 < event["step"] >= e["step"]
+                ]
+            events.append(event)
+        return events
 
     @property
     def state(self) -> str:
@@ -148,17 +145,17 @@ class Run:
         return "complete" if events[-1]["event"] == "end" else "started"
 
     def checkpoint_bytes(self) -> int:
-        """Bytes of its checkpoints, finished or not; a resumed run has that room already."""
+        """Returns the size of all checkpoints, complete or not, which a resumed run reuses."""
         folders = [*self.folder.glob("TorchTrainer_*/checkpoint_*")]
         folders += self.output.glob("checkpoint-*")
         return sum(f.stat().st_size for p in folders for f in p.rglob("*") if f.is_file())
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Keeps the run to this process while the block runs: two trainings would mix.
+        """Locks the run for this process while the block runs.
 
         Raises:
-            RunExistsError: Another process is training it.
+            RunExistsError: Another process is training the run.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / ".lock"
@@ -169,10 +166,10 @@ class Run:
                 lock.seek(0)
                 raise RunExistsError(
                     f"the run '{self.name}' is being trained by another process",
-                    where=f"{path}: {lock.read().strip() or 'it does not say which'}",
+                    where=f"{path}: {lock.read().strip() or 'unknown process'}",
                     do="wait for it, stop it, or choose another RUN_NAME",
                 ) from None
-            except OSError:  # a file system without locks: go on, as nothing can be known there
+            except OSError:  # a file system without locks
                 pass
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -180,18 +177,18 @@ class Run:
             yield
 
     def record(self, step: str, values: Mapping[str, Any]) -> None:
-        """Writes a step's results and merges all steps' into ``results.json``."""
+        """Writes the results of a step, and the merged results of all steps."""
         write_json(self.step_json(step), values)
         merged: dict[str, Any] = {"run": self.name}
         for name in STEPS:
             if self.step_json(name).is_file():
-                recorded = json.loads(self.step_json(name).read_text("utf-8"))
+                recorded = self.read_step(name)
                 _merge(merged, {k: v for k, v in recorded.items() if k != "parameters"})
         write_json(self.results_json, merged)
 
 
 def storage_root(storage: str | os.PathLike | None = None) -> Path:
-    """The storage: the argument, else ``CPT_STORAGE``, else ``/mnt/cluster_storage``, else local.
+    """Returns the storage: the argument, ``CPT_STORAGE``, ``/mnt/cluster_storage``, or local.
 
     Raises:
         StorageError: It is remote, cannot be created, or cannot be written.
@@ -201,7 +198,7 @@ def storage_root(storage: str | os.PathLike | None = None) -> Path:
         raise StorageError(
             f"the storage {given} is not a path",
             expected="a folder that every node of the cluster sees, such as /mnt/cluster_storage",
-            do="mount the object storage, or give a shared folder",
+            do="mount the object storage, or choose a shared folder",
         )
     if given:
         root = Path(given).expanduser().absolute()
@@ -218,37 +215,44 @@ def storage_root(storage: str | os.PathLike | None = None) -> Path:
         raise StorageError(
             f"the storage cannot be written: {error.strerror}",
             where=root,
-            expected="a folder this user may write",
-            do="give another with STORAGE or CPT_STORAGE, or change its permissions",
+            do="choose another with STORAGE or CPT_STORAGE, or change its permissions",
         ) from None
     return root
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Writes JSON in one piece: a reader sees the old file or the new one, never half of one."""
+    """Writes JSON atomically: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
     part.replace(path)
 
 
-def _read_events(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.is_file():
-        return
-    events: list[dict[str, Any]] = []
-    for line in path.read_text("utf-8").splitlines():
-        try:
-            event = json.loads(line)
-        except json.JSONDecodeError:  # the line being written this moment, or at a crash
-            continue
-        if event["event"] == "start":  # a resumed run goes back to its checkpoint's step
-            events = [
-                e
-                for e in events
-                if e["event"] in ("start", "diverged") or 0 < event["step"] >= e["step"]
-            ]
-        events.append(event)
-    yield from events
+@contextlib.contextmanager
+def in_one_piece(folder: Path) -> Iterator[Path]:
+    """Yields a temporary folder, which is renamed to ``folder`` if the block succeeds.
+
+    A folder that another process has written in the meantime is kept.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name[:40]}."))
+    try:
+        yield new
+        if not folder.exists():
+            new.chmod(0o755)
+            new.rename(folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _read_record(path: Path, do: str) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        raise StepError(f"{path.name} is not a record of results", where=path, do=do)
+    return record
 
 
 def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
@@ -257,25 +261,3 @@ def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
             _merge(into[key], value)
         else:
             into[key] = json.loads(json.dumps(value))
-
-
-class in_one_piece:
-    """A folder that is there whole or not at all."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> Path:
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        self.new = Path(
-            tempfile.mkdtemp(dir=self.folder.parent, prefix=f".{self.folder.name[:40]}.")
-        )
-        return self.new
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        try:
-            if kind is None and not self.folder.exists():
-                self.new.chmod(0o755)
-                self.new.rename(self.folder)
-        finally:
-            shutil.rmtree(self.new, ignore_errors=True)

@@ -9,7 +9,7 @@
 # follows the folders goes to vLLM: `… cluster_storage/cpt-cpu/export -- --max-num-seqs 64`.
 #
 # A quantized folder says in its config.json what it is. Adapters are the folder that
-# cpt_helpers.serving.layout makes; each is asked for by its name, the base by MODEL_NAME.
+# cpt_helpers.export.serving.layout makes; each is asked for by its name, the base by MODEL_NAME.
 # Ask /v1/completions: a continued pre-training leaves a model that goes on with a text, and vLLM
 # refuses /v1/chat/completions where the tokenizer has no chat template.
 #

@@ -80,7 +80,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
     git(folder, "init", "-q")
     git(folder, "add", "-A")
     git(folder, "commit", "-q", "-m", "as published")
-    command = [sys.executable, "-m", "cpt_helpers.lab", str(storage), "--no-browser"]
+    command = [sys.executable, "-m", "cpt_helpers", "lab", "--storage", str(storage)]
+    command += ["--", "--no-browser"]
     command += [f"--ServerApp.port={port}", "--IdentityProvider.token=t", "--allow-root"]
     own = {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     log = (home / "log").open("wb")

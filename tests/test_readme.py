@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
@@ -156,6 +157,19 @@ def test_the_checks_of_commands_can_fail() -> None:
     assert len(COMMANDS) > 30 and len({command.page for command in COMMANDS}) > 8
 
 
+@pytest.mark.parametrize("command", ["run", "train", "plan", "lab"])
+def test_each_option_has_a_help_with_its_default(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parser().parse_args([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0 and not UNWANTED.search(text)
+    options = text.split(" options: ")[1].split(" --")[1:]
+    flags = ("help", "dry-run", "resume")
+    assert not [o for o in options if not o.startswith(flags) and "(default: " not in o]
+
+
 def anchors(page: Path) -> set[str]:
     """A page's headings as GitHub makes anchors of them."""
     headings = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.MULTILINE)
@@ -175,6 +189,17 @@ def test_links_resolve(page: Path) -> None:
         if not inside or (anchor and anchor not in anchors(target)):
             broken.append(link)
     assert not broken
+
+
+def test_imports_of_python_examples_work() -> None:
+    found = 0
+    for page in PAGES:
+        for block in re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL):
+            for node in ast.parse(block).body:
+                if isinstance(node, ast.ImportFrom):
+                    exec(ast.unparse(node), {})
+                    found += 1
+    assert found
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -16,12 +16,12 @@ from cpt_helpers.setup import environment
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "../up", "-x", "models", "x" * 65, "a b", None, 7])
-def test_names_that_cannot_be_a_runs(name: object, tmp_path: Path) -> None:
+def test_invalid_run_names_are_refused(name: object, tmp_path: Path) -> None:
     with pytest.raises(ParameterError, match="RUN_NAME"):
         run.Run.open(name, tmp_path)
 
 
-def test_where_the_storage_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_order_of_the_storage_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "CLUSTER_STORAGE", tmp_path / "nomount")
     monkeypatch.chdir(tmp_path)
     assert run.storage_root() == tmp_path / "cluster_storage"
@@ -33,7 +33,7 @@ def test_where_the_storage_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert run.storage_root(tmp_path / "given") == tmp_path / "given"
 
 
-def test_a_storage_that_cannot_be_written(tmp_path: Path) -> None:
+def test_an_unwritable_storage_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot be written"):
         run.storage_root(tmp_path / "file" / "storage")
@@ -43,7 +43,7 @@ def test_a_storage_that_cannot_be_written(tmp_path: Path) -> None:
         run.storage_root("s3://bucket/x")
 
 
-def test_too_little_room(tmp_path: Path) -> None:
+def test_too_little_free_space_is_refused(tmp_path: Path) -> None:
     need = shutil.disk_usage(tmp_path).free / 2**30 + 9
     with pytest.raises(StorageError, match=rf"[\d.]+ GiB free, {need:.1f} GiB needed"):
         environment.require_room(tmp_path, need)
@@ -54,7 +54,7 @@ def test_a_step_records_and_the_next_one_needs_it(tmp_path: Path) -> None:
     with pytest.raises(StepError, match="01_setup has not been run"):
         notebook.begin("02_data", needs="01_setup", **given)
     first = notebook.begin("01_setup", **given)
-    with pytest.raises(StepError, match="did not keep its promise: the sky is green"):
+    with pytest.raises(StepError, match="a check of 01_setup failed: the sky is green"):
         first.finish({"a": 1}, {"the sky is blue": True, "the sky is green": False})
     assert not first.run.step_json("01_setup").exists(), "a broken step was recorded"
     first.finish({"model": {"path": "p"}}, {"the sky is blue": True}, shown={"a star falls": False})
@@ -67,7 +67,7 @@ def test_a_step_records_and_the_next_one_needs_it(tmp_path: Path) -> None:
     assert results["notebooks"]["02_data"]["warnings"] == []
 
 
-def test_a_trained_run_is_not_given_other_settings(tmp_path: Path) -> None:
+def test_a_trained_run_refuses_other_settings(tmp_path: Path) -> None:
     given = {"RUN_NAME": "r", "STORAGE": str(tmp_path), "CORPUS": "news", "OVERRIDES": {}}
     step = notebook.begin("02_data", **given)
     step.finish({}, {})
@@ -78,7 +78,7 @@ def test_a_trained_run_is_not_given_other_settings(tmp_path: Path) -> None:
         notebook.begin("02_data", **given | {"CORPUS": "ray_docs"})
 
 
-def test_the_progress_line_says_what_is_being_done(tmp_path: Path) -> None:
+def test_progress_line(tmp_path: Path) -> None:
     here = run.Run.open("r", tmp_path)
     here.metrics.parent.mkdir(parents=True, exist_ok=True)
     begun = {"event": "start", "step": 0, "time": 1.0, "max_steps": 2, "tokens_per_step": 100}
@@ -91,7 +91,7 @@ def test_the_progress_line_says_what_is_being_done(tmp_path: Path) -> None:
         (none, [begun], "the first step"),
         (none, [begun, step], "loss 3.000, 200 tokens/s, 25% of the peak, 0:00 of steps left"),
         (held_out, [begun, step, step | {"step": 2}], "measuring held-out text"),
-        (none, [begun, step, step | {"step": 2}], "the final model is being written"),
+        (none, [begun, step, step | {"step": 2}], "writing the final model"),
         (none, [begun, step, {"event": "end", "step": 2, "time": 3.0}], "trained"),
     ):
         lines = [json.dumps(e | (measures if e is begun else {})) + "\n" for e in events]
@@ -99,7 +99,7 @@ def test_the_progress_line_says_what_is_being_done(tmp_path: Path) -> None:
         assert display.progress(here)[2].endswith(said)
 
 
-def test_overrides_in_any_form() -> None:
+def test_overrides_as_dict_or_yaml() -> None:
     assert notebook.as_overrides("{max_steps: 3}") == {"max_steps": 3}
     assert notebook.as_overrides("") == notebook.as_overrides(None) == {}
     for bad in ("max_steps 3", [1], 7, {1: 2}, "{a: "):
@@ -122,7 +122,7 @@ def test_events_of_a_resumed_run_appear_once(tmp_path: Path) -> None:
     assert one.state == "complete"
 
 
-def test_a_token_is_no_parameter(tmp_path: Path) -> None:
+def test_a_token_in_a_parameter_is_refused(tmp_path: Path) -> None:
     secret = {"ray_init_kwargs": {"runtime_env": {"env_vars": {"HF_TOKEN": "hf_canary0123"}}}}
     given = {"RUN_NAME": "r", "STORAGE": str(tmp_path), "OVERRIDES": secret}
     with pytest.raises(ParameterError, match="OVERRIDES holds a token") as refused:
@@ -141,7 +141,7 @@ def test_the_machine_is_reported(tmp_path: Path) -> None:
         environment.Report.raise_if_unready(wrong)
 
 
-def test_workers_that_cannot_be_placed() -> None:
+def test_workers_without_room_are_refused() -> None:
     """Refused at once on one machine; after a wait where a cluster might still start nodes."""
     import os
 
@@ -157,7 +157,7 @@ def test_workers_that_cannot_be_placed() -> None:
     assert not ray.is_initialized()
 
 
-def test_a_cluster_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_cluster_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with (
         pytest.raises(UnreadyError, match=r"does not answer(?s:.*)RAY_ADDRESS"),
@@ -166,14 +166,14 @@ def test_a_cluster_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None
         pass
 
 
-def test_the_time_of_a_launch_is_shared_out_whole(tmp_path: Path) -> None:
+def test_the_parts_of_a_launch_add_up(tmp_path: Path) -> None:
     """Every second lies in one part: a restart's, steps that were not logged, the last save."""
     opened = run.Run.open("r", tmp_path)
     opened.logs.mkdir(parents=True)
     (opened.logs / "launched.json").write_text(json.dumps({"launched": [0.0, 100.0]}))
     log = [("start", 0, 40.0), ("step", 2, 60.0), ("save", 2, 65.0),  # of the launch before
            ("start", 2, 130.0), ("step", 4, 150.0), ("eval", 5, 167.0), ("save", 5, 170.0),
-           ("step", 6, 180.0), ("start", 5, 200.0),  # died after step 6
+           ("step", 6, 180.0), ("diverged", 7, 190.0), ("start", 5, 200.0),  # step 6 was lost
            ("step", 6, 210.0), ("end", 6, 214.0)]  # fmt: skip
     lines = [{"event": what, "step": step, "time": at, "seconds": 10.0} for what, step, at in log]
     opened.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -1,4 +1,4 @@
-"""What the libraries leave beside the storage, and what they print that no reader can act on."""
+"""The libraries write no files next to the storage, and print no useless warnings."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 from cpt_helpers.export import model_registry
 from cpt_helpers.train import tracking
+from cpt_helpers.recipes import Recipe
 from cpt_helpers.run import Run
 run = Run.open("tracked", sys.argv[1])
-args = {"report_to": "mlflow", "dataset": "news", "model_name_or_path": "base"}
+args = Recipe({"report_to": "mlflow", "dataset": "news", "model_name_or_path": "base"})
 exported = {"path": str(run.storage / "export")}
 if sys.argv[2] == "train":
     with tracking.mirrored(run, args):
@@ -36,7 +37,7 @@ with environment.cluster() as ray:
 
 
 def printed(code: str, *arguments: object, cwd: Path, **variables: str) -> tuple[str, str]:
-    """What a Python by itself prints to its two streams."""
+    """Runs code in a new process; returns its standard output and standard error."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)],
         cwd=cwd,
@@ -54,8 +55,8 @@ def test_mlflow_writes_to_the_storage_only_and_prints_no_migrations(tmp_path: Pa
     here.mkdir()
     assert printed(TRACKED, tmp_path / "storage", "train", cwd=here) == ("", "")
     (tmp_path / "storage" / "export").mkdir()
-    said = printed(TRACKED, tmp_path / "storage", "export", cwd=here)
-    assert said == ("version 1\nagain tracked\n", "")
+    output = printed(TRACKED, tmp_path / "storage", "export", cwd=here)
+    assert output == ("version 1\nagain tracked\n", "")
     assert list(here.iterdir()) == []
 
 

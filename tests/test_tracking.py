@@ -14,18 +14,21 @@ from cpt_helpers.data import sources
 from cpt_helpers.errors import CptError, DataError, ParameterError, TrackingError
 from cpt_helpers.export import model_registry
 from cpt_helpers.notebook import defining_parameters
+from cpt_helpers.recipes import Recipe
 from cpt_helpers.redact import redact
 from cpt_helpers.run import Run
 from cpt_helpers.setup import tracking_store
 from cpt_helpers.train import tracking
 
 CANARY = "canary-inside-a-uri"
-ARGS = {
-    "report_to": "mlflow",
-    "model_name_or_path": "/models/base",
-    "dataset": "handbook",
-    "eval_dataset": "handbook_heldout",
-}
+ARGS = Recipe(
+    {
+        "report_to": "mlflow",
+        "model_name_or_path": "/models/base",
+        "dataset": "handbook",
+        "eval_dataset": "handbook_heldout",
+    }
+)
 
 
 @pytest.fixture
