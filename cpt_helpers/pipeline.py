@@ -18,7 +18,7 @@ from .errors import ParameterError, RunExistsError, StepError
 from .notebook import as_overrides, defining_parameters, refuse_other_settings
 from .recipes import DEFAULT_RECIPE
 from .run import PROJECT, STEPS, Run
-from .setup import assets, environment
+from .setup import assets, machine
 from .train import launch, tracking
 
 NOTEBOOKS = PROJECT / "notebooks"
@@ -44,7 +44,7 @@ def run_all(run: Run, parameters: dict[str, Any]) -> dict[str, Any]:
     from papermill.exceptions import PapermillExecutionError
 
     _tame_jupyter()
-    for name, value in environment.kept_memory().items():
+    for name, value in machine.kept_memory().items():
         os.environ.setdefault(name, value)  # the notebooks' kernels start with them
     declared = {step: papermill.inspect_notebook(_source(step)) for step in STEPS}
     for name in parameters:
@@ -140,7 +140,7 @@ def configure(run: Run, train_config: str, corpus: str, overrides: dict[str, Any
         DataError: A corpus cannot be used.
     """
     resolution.check_keys(train_config, overrides)
-    model = assets.obtain(recipes.model_of(train_config, overrides, run.storage), run.storage)
+    model = assets.fetch_model(recipes.model_of(train_config, overrides, run.storage), run.storage)
     chosen = preparation.prepare(train_config, overrides, run.storage, corpus=corpus)
     made = chosen.blocks(assets.tokenizer_of(model))
     resolved = resolution.resolve(run, train_config, overrides, chosen.datasets, str(made.path))
