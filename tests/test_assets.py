@@ -24,7 +24,7 @@ def smollm2(storage: Path) -> Path:
     return assets.embedded_model("SmolLM2-135M-Instruct", storage)
 
 
-def test_the_embedded_model(smollm2: Path, storage: Path) -> None:
+def test_the_embedded_model_is_fetched_once(smollm2: Path, storage: Path) -> None:
     from transformers import AutoConfig
 
     names = {path.name for path in smollm2.iterdir()}
@@ -33,10 +33,10 @@ def test_the_embedded_model(smollm2: Path, storage: Path) -> None:
     assert (config.architectures, config.hidden_size) == (["LlamaForCausalLM"], 576)
     started = time.monotonic()
     assert assets.embedded_model("SmolLM2-135M-Instruct", storage) == smollm2
-    assert time.monotonic() - started < 1, "the second call fetched again"
+    assert time.monotonic() - started < 1, "the second call downloaded the model again"
 
 
-def test_blocks_of_the_embedded_model(smollm2: Path, documents: list[str]) -> None:
+def test_blocks_of_the_embedded_model_keep_every_token(smollm2: Path, documents: list[str]) -> None:
     """Every document ends in the base model's separator, and no block's first token is lost."""
     tokenizer = assets.tokenizer_of(str(smollm2))
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|endoftext|>", 0)
@@ -69,14 +69,14 @@ def test_a_download_without_a_network_names_the_fix(
     assert list((tmp_path / "models").iterdir()) == []
 
 
-def test_unknown_models(tmp_path: Path) -> None:
+def test_an_unknown_model_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
     with pytest.raises(AssetError, match="nearest known: SmolLM2-135M-Instruct"):
-        assets.embedded_model("smollm2-135m-instruct", tmp_path)
+        assets.fetch_model(str(tmp_path / "models" / "smollm2-135m-instruct"), tmp_path)
     with pytest.raises(AssetError, match="does not exist"):
         assets.fetch_model(str(tmp_path / "models" / "SmolLM2-135M"), tmp_path)
 
 
-def test_a_model_the_hub_does_not_give(tmp_path: Path) -> None:
+def test_a_model_that_is_nowhere_is_refused_in_time(tmp_path: Path) -> None:
     started = time.monotonic()
     with pytest.raises(AssetError, match=r"the hub .* the model no-such-org/no-such-model"):
         models.config_of("no-such-org/no-such-model")
@@ -88,20 +88,20 @@ def test_a_model_the_hub_does_not_give(tmp_path: Path) -> None:
     assert time.monotonic() - started < 20
 
 
-def test_the_ray_documentation() -> None:
+def test_the_ray_documentation_has_the_expected_digest() -> None:
     documents = assets.docstrings("ray")
     assert len(documents) > 4000 and min(map(len, documents)) >= assets.MIN_DOCSTRING
     digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()
     assert RAY_DOCS_SHA256[importlib.metadata.version("ray")] == digest
 
 
-def test_the_news(storage: Path) -> None:
+def test_the_news_corpus_has_every_article(storage: Path) -> None:
     found = corpora.prepare("news", storage)
     assert found.documents + found.heldout_documents + sum(found.dropped.values()) == 300
     assert json.loads((found.folder / "corpus.json").read_text())["source"] == "news"
 
 
-def test_a_continuation_stops_where_a_chat_would_begin(smollm2: Path) -> None:
+def test_a_continuation_stops_where_a_chat_turn_would_begin(smollm2: Path) -> None:
     """The prompt of notebook 01; the embedded model is an instruct model."""
     prompt = "ray.data.Dataset.map_batches\n\nApply the given function to"
     model, tokenizer = models.load(smollm2)

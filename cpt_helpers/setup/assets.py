@@ -65,12 +65,11 @@ def fetch_model(name_or_path: str, storage: Path) -> str:
     """Downloads the embedded model that a recipe names, or checks that its folder exists.
 
     Args:
-        name_or_path: An absolute folder, or a name on the Hugging Face hub, which is returned as
-            it is: transformers downloads it when it is loaded.
+        name_or_path: An absolute folder, or a name on the Hugging Face hub (not downloaded here).
         storage: The storage, which keeps embedded models in ``models/<name>``.
 
     Raises:
-        AssetError: The folder holds no model.
+        AssetError: The folder holds no model, or the download fails.
     """
     path = Path(name_or_path)
     if path.parent == storage / "models" and path.name in MODELS:
@@ -87,17 +86,7 @@ def fetch_model(name_or_path: str, storage: Path) -> str:
 
 
 def embedded_model(name: str, storage: Path) -> Path:
-    """An embedded model as a Hugging Face folder (bf16 safetensors, tokenizer, config).
-
-    Raises:
-        AssetError: The name is unknown, or the download fails.
-    """
-    if name not in MODELS:
-        raise AssetError(
-            f"unknown embedded model '{name}'",
-            expected=nearest(name, MODELS),
-            do="give one of these, a local folder, or a model of the Hugging Face hub",
-        )
+    """A model of :data:`MODELS` as a Hugging Face folder (bf16 safetensors, tokenizer, config)."""
     folder = storage / "models" / name
     if (folder / "model.safetensors").is_file():
         return folder

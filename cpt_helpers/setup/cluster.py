@@ -68,13 +68,10 @@ def ray_cluster() -> Iterator[Any]:
 
 def list_nodes(ray: Any) -> DataFrame:
     """The cluster's nodes and what each offers to workers."""
+    units = {"CPU": 1, "GPU": 1, "memory": 2**30}
     rows = [
-        (
-            node["NodeManagerAddress"],
-            f"{node['Resources'].get('CPU', 0):.0f}",
-            f"{node['Resources'].get('GPU', 0):.0f}",
-            f"{node['Resources'].get('memory', 0) / 2**30:.0f}",
-        )
+        [node["NodeManagerAddress"]]
+        + [f"{node['Resources'].get(kind, 0) / unit:.0f}" for kind, unit in units.items()]
         for node in _live_nodes(ray)
     ]
     return display.table(rows, columns=["node", "CPUs", "GPUs", "memory for workers (GiB)"])
