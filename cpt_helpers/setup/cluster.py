@@ -71,7 +71,7 @@ def list_nodes(ray: Any) -> DataFrame:
     units = {"CPU": 1, "GPU": 1, "memory": 2**30}
     rows = [
         [node["NodeManagerAddress"]]
-        + [f"{node['Resources'].get(kind, 0) / unit:.0f}" for kind, unit in units.items()]
+        + [f"{node['Resources'].get(name, 0) / unit:.0f}" for name, unit in units.items()]
         for node in _live_nodes(ray)
     ]
     return display.table(rows, columns=["node", "CPUs", "GPUs", "memory for workers (GiB)"])
@@ -104,7 +104,7 @@ def require_workers(
     timeout = seconds if wait and (busy or _address() != "local") else 0.0
     if timeout and _can_be_placed(ray, workers, each, strategy, timeout):
         return
-    has, nodes = _resources_in_words({kind: total.get(kind, 0) for kind in each}), _live_nodes(ray)
+    has, nodes = _resources_in_words({name: total.get(name, 0) for name in each}), _live_nodes(ray)
     has += f" on {len(nodes)} node{'s' * (len(nodes) > 1)}"
     if strategy.startswith("STRICT"):
         has += f", placement_strategy {strategy}"
@@ -112,7 +112,7 @@ def require_workers(
     fix = f"OVERRIDES = {{'ray_num_workers': {max(fitting, 1)}}}, a smaller "
     fix += "resources_per_worker, or a larger cluster"
     if busy:
-        has += f"; free: {_resources_in_words({kind: free.get(kind, 0) for kind in each})}"
+        has += f"; free: {_resources_in_words({name: free.get(name, 0) for name in each})}"
         reason, fix = "other jobs use the cluster", "wait for them, or stop them (`ray list jobs`)"
     raise UnreadyError(
         f"{workers} workers with {_resources_in_words(each)} each cannot be placed"
@@ -207,4 +207,4 @@ def _live_nodes(ray: Any) -> list[dict[str, Any]]:
 
 
 def _resources_in_words(resources: dict[str, float]) -> str:
-    return ", ".join(f"{amount:g} {kind}" for kind, amount in resources.items())
+    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())

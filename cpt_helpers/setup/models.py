@@ -187,7 +187,7 @@ def ask_hub(name: str) -> str:
     try:
         if constants.HF_HUB_OFFLINE:
             raise OSError("HF_HUB_OFFLINE is set")
-        # huggingface_hub's own call for this has no timeout: half a minute where nothing answers.
+        # huggingface_hub's own call takes half a minute where the hub does not answer.
         headers = build_hf_headers(token=token or False)
         url = hf_hub_url(name, "config.json")
         hf_raise_for_status(requests.head(url, headers=headers, timeout=HUB_TIMEOUT))
@@ -205,7 +205,7 @@ def ask_hub(name: str) -> str:
         do = "correct model_name_or_path, or `export HF_TOKEN=…` for a private model"
     except (OSError, errors.HfHubHTTPError) as error:
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
-            return f"{name} is in the local cache; the hub does not answer"
+            return f"{name} is in the local cache (the hub is offline or does not answer)"
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
         what = f"the hub cannot be asked for the model {name}, and the local cache does not hold "
         what += f"it: {reason}"
@@ -237,7 +237,7 @@ def require_base(folder: Path) -> str:
             f"the base model of the adapter does not exist: '{base}'",
             where=folder / ADAPTER,
             expected=error.what,
-            do="restore that model, or write its new place as base_model_name_or_path",
+            do="restore that model, or write its new path as base_model_name_or_path",
         ) from None
     for name, (shape, _) in shapes_of(folder).items():
         layer, _, half = name.removeprefix("base_model.model.").rpartition(".lora_")
