@@ -21,6 +21,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from hardware import describe_machine
+
 RESULTS = Path(__file__).parent / "results" / "data.json"
 PACKAGES = ("ray", "torch", "transformers", "numpy", "scipy", "pandas", "datasets", "mlflow")
 EXACT, NEAR, BROKEN = 0.02, 0.02, 0.001  # shares of the documents
@@ -155,10 +157,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     from cpt_helpers.run import storage_root
-    from cpt_helpers.setup import assets, environment
+    from cpt_helpers.setup import assets
 
     pool, rows, speed = sentences(), [], {}
-    model = str(assets.model("SmolLM2-135M-Instruct", storage_root(given.storage)))
+    model = str(assets.embedded_model("SmolLM2-135M-Instruct", storage_root(given.storage)))
     for megabytes in map(float, given.sizes.split(",")):
         with tempfile.TemporaryDirectory(dir=storage_root(given.storage)) as folder:
             work = Path(folder)
@@ -174,7 +176,7 @@ def main() -> None:
             shutil.rmtree(work / "storage")
     result = {
         "date": str(date.today()),
-        "machine": environment.machine(),
+        "machine": describe_machine(),
         "sizes": rows,
         "tokenising": speed,
     }

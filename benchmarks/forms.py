@@ -18,6 +18,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from hardware import describe_machine
+
 from cpt_helpers.export import evaluation
 
 RESULTS = Path(__file__).parent / "results"
@@ -70,7 +72,6 @@ def main() -> None:
         return
     from cpt_helpers.data import corpora
     from cpt_helpers.export import quantization
-    from cpt_helpers.setup import environment
 
     corpus, rows = corpora.load(given.corpus, storage), []
     with tempfile.TemporaryDirectory() as scratch:
@@ -89,7 +90,7 @@ def main() -> None:
                 {"form": form, "seconds": seconds} | json.loads(done.stdout.splitlines()[-1])
             )
             print(json.dumps(rows[-1]), flush=True)
-    result = {"date": str(date.today()), "machine": environment.machine(), "rows": rows}
+    result = {"date": str(date.today()), "machine": describe_machine(), "rows": rows}
     result |= {"corpus": given.corpus, "samples": given.samples, "block": given.block}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "forms.json").write_text(json.dumps(result, indent=2) + "\n")

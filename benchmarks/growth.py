@@ -17,6 +17,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from hardware import describe_machine
+
 from cpt_helpers import recipes
 
 RESULTS = Path(__file__).parent / "results"
@@ -185,18 +187,18 @@ def main() -> None:
     parser.add_argument("--storage", default="", help="where the runs lie")
     given = parser.parse_args()
     from cpt_helpers.run import storage_root
-    from cpt_helpers.setup import assets, environment
+    from cpt_helpers.setup import assets, cluster
 
     storage = storage_root(given.storage)
-    default = assets.obtain(recipes.model_of("cpt_cpu.yaml", {}, storage), storage)
+    default = assets.fetch_model(recipes.model_of("cpt_cpu.yaml", {}, storage), storage)
     rows = []
-    with environment.cluster():
+    with cluster.ray_cluster():
         for case in cases():
             rows.append(measured(case, Path(default), storage))
             print(json.dumps(rows[-1]), flush=True)
     result = {
         "date": str(date.today()),
-        "machine": environment.machine(),
+        "machine": describe_machine(),
         "rows": rows,
         "slopes": fitted(rows),
         "paper": [on_paper(gpus) for gpus in (8, 64, 512)],

@@ -13,6 +13,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from hardware import describe_machine
+
 from cpt_helpers import recipes
 
 RESULTS = Path(__file__).parent / "results"
@@ -71,16 +73,16 @@ def main() -> None:
     parser.add_argument("--only", default="", help="a part of a row's name, such as tiny or z3")
     given = parser.parse_args()
     from cpt_helpers.run import storage_root
-    from cpt_helpers.setup import assets, environment
+    from cpt_helpers.setup import assets, cluster
     from cpt_helpers.train import fault_demo
 
     storage = storage_root(given.storage)
-    default = assets.obtain(recipes.model_of("cpt_cpu.yaml", {}, storage), storage)
+    default = assets.fetch_model(recipes.model_of("cpt_cpu.yaml", {}, storage), storage)
     tiny = storage / "models" / "tiny"
     if not (tiny / "config.json").is_file():
         fault_demo.small_model(str(default), tiny)
     rows = []
-    with environment.cluster():
+    with cluster.ray_cluster():
         for name, model in (("tiny", tiny), ("default", default)):
             for stage in (1, 2, 3):
                 for kind in KINDS:
@@ -88,7 +90,7 @@ def main() -> None:
                         continue
                     rows.append(measured(storage, name, str(model), stage, kind))
                     print(json.dumps(rows[-1]), flush=True)
-                    write(rows, environment.machine())
+                    write(rows, describe_machine())
 
 
 def write(rows: list[dict[str, Any]], machine: str) -> None:

@@ -13,6 +13,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from hardware import describe_machine
+
 from cpt_helpers import recipes
 
 RESULTS = Path(__file__).parent / "results"
@@ -53,14 +55,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="another number of steps than the recipes'")
     given = parser.parse_args()
     from cpt_helpers.run import storage_root
-    from cpt_helpers.setup import environment
 
     storage = storage_root(given.storage)
     rows = []
     for kind in RECIPES:
         rows.append(trained(kind, storage, given.steps))
         print(json.dumps(rows[-1]), flush=True)
-        result = {"date": str(date.today()), "machine": environment.machine(), "rows": rows}
+        result = {"date": str(date.today()), "machine": describe_machine(), "rows": rows}
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / "methods.json").write_text(json.dumps(result, indent=2) + "\n")
         (RESULTS / "methods.md").write_text(table(result))

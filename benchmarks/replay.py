@@ -15,6 +15,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from hardware import describe_machine
+
 from cpt_helpers import recipes
 from cpt_helpers.export import evaluation
 
@@ -36,7 +38,7 @@ def reviews() -> list[str]:
             asset = assets.WheelFile(
                 "gensim==4.3.3", f"gensim/test/test_data/{name}", digest, "see gensim's repository"
             )
-            for line in _text(assets.fetch(asset, Path(scratch))).splitlines():
+            for line in _text(assets.fetch_file(asset, Path(scratch))).splitlines():
                 texts.append(re.sub(r"^(__label__\w+|_\*\d+)\s+", "", line).strip())
     return [text for text in texts if text]
 
@@ -66,7 +68,7 @@ def trained(share: float, storage: Path, steps: int | None) -> tuple[Path, dict[
     if steps:
         overrides["max_steps"] = steps
     recipe = recipes.read_recipe("cpt_cpu.yaml")[1] | overrides
-    model = assets.obtain(recipes.model_of("cpt_cpu.yaml", overrides, storage), storage)
+    model = assets.fetch_model(recipes.model_of("cpt_cpu.yaml", overrides, storage), storage)
     weights = mixing.weights("ray_docs", {"news": share} if share else {})
     sources = [(corpora.prepare(name, storage), weight) for name, weight in weights.items()]
     measured = [corpora.load("ray_docs", storage), corpora.prepare("news", storage)]
@@ -84,7 +86,6 @@ def main() -> None:
     given = parser.parse_args()
     from cpt_helpers.data import corpora
     from cpt_helpers.run import storage_root
-    from cpt_helpers.setup import environment
 
     storage = storage_root(given.storage)
     rows = []
@@ -100,7 +101,7 @@ def main() -> None:
             rows.append({"replay": "before", "perplexity": measure(model, sets, block)})
         rows.append({"replay": share, **facts, "perplexity": measure(folder, sets, block)})
         print(json.dumps(rows[-1]), flush=True)
-        result = {"date": str(date.today()), "machine": environment.machine(), "rows": rows}
+        result = {"date": str(date.today()), "machine": describe_machine(), "rows": rows}
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / "replay.json").write_text(json.dumps(result, indent=2) + "\n")
         (RESULTS / "replay.md").write_text(table(result))

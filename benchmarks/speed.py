@@ -25,6 +25,7 @@ from typing import Any
 
 import psutil
 import yaml
+from hardware import describe_machine
 
 from cpt_helpers import recipes
 
@@ -110,12 +111,12 @@ def plain_copy(folder: Path) -> dict[str, float]:
 
 def _alone(command: list[str], own: dict[str, str], log: Path, watch: Any) -> int:
     """Runs a command to its end, calling ``watch`` ten times a second; most memory of a process."""
-    from cpt_helpers.setup import environment
+    from cpt_helpers.setup import machine
 
     most = 0
     with log.open("wb") as out:
         process = subprocess.Popen(
-            command, stdout=out, stderr=out, env=os.environ | environment.KEEP_MEMORY | own
+            command, stdout=out, stderr=out, env=os.environ | machine.KEEP_MEMORY | own
         )
         seen = psutil.Process(process.pid)
         while process.poll() is None:
@@ -316,7 +317,6 @@ def main() -> None:
     given = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns of every fork
     from cpt_helpers.run import storage_root
-    from cpt_helpers.setup import environment
 
     storage = storage_root(given.storage)
     args, _ = recipe_for_others(storage)
@@ -334,7 +334,7 @@ def main() -> None:
         turns.append(row)
         result = {
             "date": str(date.today()),
-            "machine": environment.machine(),
+            "machine": describe_machine(),
             "tokens": tokens,
             "turns": turns,
             "summary": summary(turns, tokens),

@@ -17,6 +17,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from hardware import describe_machine
+
 from cpt_helpers import recipes
 
 RESULTS = Path(__file__).parent / "results"
@@ -90,14 +92,13 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     given = parser.parse_args()
     from cpt_helpers.run import storage_root
-    from cpt_helpers.setup import environment
 
     storage = storage_root(given.storage)
     RESULTS.mkdir(exist_ok=True)
     turns = [measured(storage) for _ in range(given.turns)]
     result = {
         "date": str(date.today()),
-        "machine": environment.machine(),
+        "machine": describe_machine(),
         "turns": turns,
         "median": statistics.median(turn["start"] for turn in turns),
     }

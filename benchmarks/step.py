@@ -13,6 +13,8 @@ import sys
 from datetime import date
 from pathlib import Path
 
+from hardware import describe_machine
+
 from cpt_helpers import recipes
 
 RESULTS = Path(__file__).parent / "results"
@@ -59,7 +61,7 @@ def main() -> None:
     from speed import recipe_for_others
 
     from cpt_helpers.run import storage_root
-    from cpt_helpers.setup import environment
+    from cpt_helpers.setup import machine
 
     storage = storage_root("")
     args, folder = recipe_for_others(storage)
@@ -76,12 +78,12 @@ def main() -> None:
     command = [sys.executable, "-W", "ignore", *torchrun, __file__, str(file)]
     log = folder / "log"
     with log.open("wb") as out:
-        env = os.environ | environment.KEEP_MEMORY | own
+        env = os.environ | machine.KEEP_MEMORY | own
         done = subprocess.run(command, env=env, stdout=out, stderr=out)
     if done.returncode:
         sys.exit(f"the training failed:\n{log.read_text(errors='replace')[-3000:]}")
     path = RESULTS / "step.txt"
-    path.write_text(f"{date.today()}, {environment.machine()}\n{path.read_text()}")
+    path.write_text(f"{date.today()}, {describe_machine()}\n{path.read_text()}")
     print(path.read_text())
 
 

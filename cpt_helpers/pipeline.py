@@ -17,7 +17,7 @@ from .errors import ParameterError, RunExistsError, StepError
 from .notebook import as_overrides, defining_parameters, refuse_other_settings
 from .recipes import DEFAULT_RECIPE
 from .run import PROJECT, STEPS, Run
-from .setup import assets, environment
+from .setup import assets, machine
 from .train import launch, tracking
 
 NOTEBOOKS = PROJECT / "notebooks"
@@ -43,7 +43,7 @@ def run_all(run: Run, parameters: dict[str, Any]) -> dict[str, Any]:
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
     quiet = {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "JUPYTER_PLATFORM_DIRS": "1"}
-    for name, value in {**quiet, **environment.kept_memory()}.items():
+    for name, value in {**quiet, **machine.kept_memory()}.items():
         os.environ.setdefault(name, value)  # before the kernels start
     declared = {step: papermill.inspect_notebook(_source(step)) for step in STEPS}
     known = set().union(*declared.values())
@@ -116,7 +116,7 @@ def configure(run: Run, train_config: str, corpus: str, overrides: dict[str, Any
         DataError: A corpus cannot be used.
     """
     resolution.check_keys(train_config, overrides)
-    model = assets.obtain(recipes.model_of(train_config, overrides, run.storage), run.storage)
+    model = assets.fetch_model(recipes.model_of(train_config, overrides, run.storage), run.storage)
     chosen = preparation.prepare(train_config, overrides, run.storage, corpus=corpus)
     made = chosen.blocks(assets.tokenizer_of(model))
     resolved = resolution.resolve(run, train_config, overrides, chosen.datasets, str(made.path))

@@ -23,6 +23,13 @@ os.environ["CXX"] = "/bin/false"  # a bare machine has no compiler: nothing may 
 os.environ.pop("CPT_STORAGE", None)
 
 
+def write_jsonl(path: Path, documents: list[str]) -> None:
+    """Writes documents as JSON Lines with one ``text`` field each."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents)
+    path.write_text("".join(lines), "utf-8")
+
+
 @pytest.fixture(scope="session")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One storage for the whole session, so that models and corpora are made once."""
@@ -39,7 +46,7 @@ def documents() -> list[str]:
 def corpus(storage: Path, documents: list[str]) -> Path:
     """Those documents as a user's JSON Lines file."""
     path = storage / "files" / "handbook.jsonl"
-    assets.write_jsonl(path, documents)
+    write_jsonl(path, documents)
     return path
 
 

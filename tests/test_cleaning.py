@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from bpe import forcing_bos
+from conftest import write_jsonl
 
 from cpt_helpers.data import cleaning, corpora, duplicates, ingest, mixing, packing, registry
 from cpt_helpers.data.cleaning import Cleaning, failed, shingles
@@ -38,7 +39,7 @@ def planted(documents: list[str], tmp_path_factory) -> tuple[Path, dict[str, set
     exact = long[60:100]
     everything = long + sorted(copies) + exact
     path = tmp_path_factory.mktemp("planted") / "planted.jsonl"
-    assets.write_jsonl(path, everything)
+    write_jsonl(path, everything)
     return path, {"clean": set(long), "near": copies, "exact": set(exact)}
 
 
@@ -61,7 +62,7 @@ def test_families_across_the_halves(documents, tmp_path: Path) -> None:
     family = [near(d, rng, 0.004) for d in long for _ in range(5)]
     rng.shuffle(family)
     path = tmp_path / "family.jsonl"
-    assets.write_jsonl(path, family)
+    write_jsonl(path, family)
     found = corpora.prepare(str(path), tmp_path, fraction=0.3)
     held, trained = list(corpora.texts_of(found.heldout)), list(corpora.texts_of(found.train))
     assert held and trained
@@ -117,7 +118,7 @@ def test_every_held_out_document_of_a_large_bucket_is_compared(
     assert len(copies) >= 30 and all(0.75 <= alike(*pair) < 0.76 for pair in copies)
     assert alike(texts[0], texts[1]) < 0.73
     path = tmp_path / "c.jsonl"
-    assets.write_jsonl(path, texts + [copy for copy, _ in copies])
+    write_jsonl(path, texts + [copy for copy, _ in copies])
     found = corpora.prepare(str(path), tmp_path, fraction=0.5, cleaning=cleaning)
     left = set(corpora.texts_of(found.train)) & {copy for copy, _ in copies}
     assert len(left) <= 0.05 * len(copies)  # MinHash itself misses 2 %
@@ -279,7 +280,7 @@ def test_a_large_corpus_is_read_by_processes_as_by_one(
     documents, tmp_path: Path, monkeypatch
 ) -> None:
     path = tmp_path / "big.jsonl"
-    assets.write_jsonl(path, documents)
+    write_jsonl(path, documents)
     here = corpora.prepare(str(path), tmp_path / "one")
     monkeypatch.setattr(ingest, "_CHUNK", 50_000)
     there = corpora.prepare(str(path), tmp_path / "many")

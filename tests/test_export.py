@@ -18,7 +18,7 @@ from cpt_helpers.data.packing import pack
 from cpt_helpers.errors import AssetError, CheckpointError, CptError, ExportError, StorageError
 from cpt_helpers.export import huggingface, model_card
 from cpt_helpers.run import Run
-from cpt_helpers.setup import environment, models
+from cpt_helpers.setup import machine, models
 
 pytestmark = [pytest.mark.training, pytest.mark.forms]
 FORMS = [("full", "merged"), ("freeze", "merged"), ("lora", "merged"), ("lora", "adapter")]
@@ -213,8 +213,8 @@ def test_what_cannot_be_exported_leaves_nothing(
     bytes_[-1] ^= 1
     (named / "checkpoint" / "model.safetensors").write_bytes(bytes_)
     refused(CheckpointError, "sha256 differs", named / "checkpoint", target)
-    usage = environment.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(environment.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    usage = machine.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     refused(StorageError, "too little room", full, target)
 
 

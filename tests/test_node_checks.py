@@ -140,10 +140,10 @@ def test_gpu_nodes_of_a_cluster(tmp_path: Path) -> None:
 import json, os
 from cpt_helpers import recipes
 from cpt_helpers.config import node_checks, preflight
-from cpt_helpers.setup import environment
+from cpt_helpers.setup import cluster
 args = recipes.read_recipe("cpt_1xH100.yaml")[1] | {{"deepspeed": {OFFLOAD!r}}}
 args["resources_per_worker"] = {{"GPU": 1}}
-with environment.cluster() as ray:
+with cluster.ray_cluster() as ray:
     wider = preflight.placed(ray, args)
     each = wider["resources_per_worker"]
     class Threads:

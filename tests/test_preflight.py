@@ -29,7 +29,7 @@ from cpt_helpers.errors import (
     UnreadyError,
 )
 from cpt_helpers.run import PROJECT, Run
-from cpt_helpers.setup import environment
+from cpt_helpers.setup import ray_cluster
 from cpt_helpers.train import launch, worker_env
 
 RECIPES = sorted((PROJECT / "train-configs").glob("*.yaml"))
@@ -62,7 +62,7 @@ def args(run: Run, tiny_gemma3: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def ray(run: Run) -> Iterator:
-    with environment.cluster() as ray:
+    with ray_cluster() as ray:
         yield ray
 
 
@@ -161,13 +161,13 @@ def test_ray_trains_second_implementation_is_refused(
 import json, os
 from pathlib import Path
 from cpt_helpers import recipes
-from cpt_helpers.setup import environment
+from cpt_helpers.setup import cluster
 from cpt_helpers.config import preflight
 from cpt_helpers.run import Run
 run = Run("preflight", Path({str(run.storage)!r}))
 args = recipes.Recipe(json.loads({json.dumps(args)!r}))
 os.environ["RAY_TRAIN_V2_ENABLED"] = "1"  # the processes of a cluster started here have it
-with environment.cluster() as ray:
+with cluster.ray_cluster() as ray:
     del os.environ["RAY_TRAIN_V2_ENABLED"]
     print(json.dumps([[f.subject, str(f.error or "")] for f in preflight.nodes(run, args, ray)]))
 """
@@ -230,7 +230,7 @@ def test_other_work_takes_the_room(run: Run, args: dict, ray) -> None:
     other = Other.remote()
     assert ray.get(other.there.remote())
     everything = args | {"ray_num_workers": int(ray.cluster_resources()["CPU"])}
-    with in_time(), pytest.raises(UnreadyError, match="other work takes the room"):
+    with in_time(), pytest.raises(UnreadyError, match="other jobs use the cluster"):
         preflight.placement(ray, everything)
     ray.kill(other)
 
@@ -278,12 +278,12 @@ def test_nodes_that_are_not_alike(run: Run, args: dict, tmp_path: Path) -> None:
 import json, time
 from pathlib import Path
 from cpt_helpers import recipes
-from cpt_helpers.setup import environment
+from cpt_helpers.setup import cluster
 from cpt_helpers.config import preflight
 from cpt_helpers.run import Run
 run = Run("preflight", Path({str(run.storage)!r}))
 args = recipes.Recipe(json.loads({json.dumps(args)!r}))
-with environment.cluster() as ray:
+with cluster.ray_cluster() as ray:
     since = time.monotonic()
     findings = preflight.nodes(run, args, ray)
     seconds = time.monotonic() - since
@@ -312,12 +312,12 @@ def test_gpus_too_small(run: Run, tmp_path: Path) -> None:
 import json, time
 from cpt_helpers import recipes
 from cpt_helpers.config import forecast, preflight
-from cpt_helpers.setup import environment
+from cpt_helpers.setup import cluster
 from cpt_helpers.errors import UnreadyError
 forecast.memory.model_size(forecast.planning.smollm2_135m(), "the libraries are loaded")
 args = recipes.read_recipe("cpt_deepspeed.yaml")[1]
 args |= {{"deepspeed": {str(PROJECT / "deepspeed-configs" / "ds_z2_config.json")!r}}}
-with environment.cluster() as ray:
+with cluster.ray_cluster() as ray:
     since = time.monotonic()
     try:
         said = preflight.enough_memory(ray, args)
@@ -339,12 +339,12 @@ def test_labels_of_gpus(run: Run) -> None:
 import json
 from cpt_helpers import recipes
 from cpt_helpers.config import forecast, preflight
-from cpt_helpers.setup import environment
+from cpt_helpers.setup import cluster
 from cpt_helpers.errors import UnreadyError
 args = recipes.read_recipe("cpt_4xA100-40G.yaml")[1] | {{"ray_num_workers": 1}}
 asked = [args, args | {{"resources_per_worker": {{"GPU": 1, "accelerator_type:A100-40G": 0.001}}}}]
 said = []
-with environment.cluster() as ray:
+with cluster.ray_cluster() as ray:
     for recipe in asked:
         try:
             said.append(preflight.placement(ray, recipe))

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from conftest import write_jsonl
 
 from cpt_helpers import plots
 from cpt_helpers.errors import DataError
@@ -18,7 +19,7 @@ from cpt_helpers.export import assessment, cloze, evaluation, report
 from cpt_helpers.export.cloze import Cloze, Item
 from cpt_helpers.export.evaluation import Document, Losses
 from cpt_helpers.run import Run
-from cpt_helpers.setup import assets, models
+from cpt_helpers.setup import models
 
 BLOCK = 96
 PROSE = (
@@ -273,7 +274,7 @@ def run(tmp_path_factory, held_out: list[str], tiny_gemma3: Path, taught: Path) 
     }
     for name, texts in corpora.items():
         folder = run.storage / "corpora" / name
-        assets.write_jsonl(folder / "heldout.jsonl", texts)
+        write_jsonl(folder / "heldout.jsonl", texts)
         fields = dict.fromkeys(corpora.Corpus.__dataclass_fields__, 0) | {
             "name": name,
             "folder": "",

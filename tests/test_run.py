@@ -12,7 +12,7 @@ import pytest
 
 from cpt_helpers import display, notebook, pipeline, plots, run
 from cpt_helpers.errors import ParameterError, RunExistsError, StepError, StorageError, UnreadyError
-from cpt_helpers.setup import environment
+from cpt_helpers.setup import cluster, machine
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "../up", "-x", "models", "x" * 65, "a b", None, 7])
@@ -46,7 +46,7 @@ def test_an_unwritable_storage_is_refused(tmp_path: Path) -> None:
 def test_too_little_free_space_is_refused(tmp_path: Path) -> None:
     need = shutil.disk_usage(tmp_path).free / 2**30 + 9
     with pytest.raises(StorageError, match=rf"[\d.]+ GiB free, {need:.1f} GiB needed"):
-        environment.require_room(tmp_path, need)
+        machine.require_room(tmp_path, need)
 
 
 def test_a_step_records_and_the_next_one_needs_it(tmp_path: Path) -> None:
@@ -132,28 +132,28 @@ def test_a_token_in_a_parameter_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_machine_is_reported(tmp_path: Path) -> None:
-    report = environment.report(tmp_path)
+    report = machine.inspect_machine(tmp_path)
     assert report.wrong_versions == []
     assert {"ray", "torch", "llamafactory", "deepspeed"} <= set(report.versions)
     report.raise_if_unready(need_gib=0.001)
     wrong = SimpleNamespace(**vars(report) | {"wrong_versions": ["ray: 2.55.1, want 2.48.0"]})
     with pytest.raises(UnreadyError, match=r"ray: 2\.55\.1, want 2\.48\.0"):
-        environment.Report.raise_if_unready(wrong)
+        machine.MachineReport.raise_if_unready(wrong)
 
 
 def test_workers_without_room_are_refused() -> None:
     """Refused at once on one machine; after a wait where a cluster might still start nodes."""
     import os
 
-    with environment.cluster() as ray:
+    with cluster.ray_cluster() as ray:
         cores = os.cpu_count()
-        environment.require_workers(ray, cores, {"CPU": 1})
+        cluster.require_workers(ray, cores, {"CPU": 1})
         with pytest.raises(UnreadyError, match=rf"room for {cores}\n"):
-            environment.require_workers(ray, cores + 1, {"CPU": 1})
+            cluster.require_workers(ray, cores + 1, {"CPU": 1})
         with pytest.raises(UnreadyError, match=r"4 workers with 1 GPU each"):
-            environment.require_workers(ray, 4, {"GPU": 1})
-        assert not environment._can_be_placed(ray, 1, {"GPU": 1}, "PACK", timeout=1.0)
-        assert environment._can_be_placed(ray, 1, {"CPU": 1}, "PACK", timeout=30.0)
+            cluster.require_workers(ray, 4, {"GPU": 1})
+        assert not cluster._can_be_placed(ray, 1, {"GPU": 1}, "PACK", timeout=1.0)
+        assert cluster._can_be_placed(ray, 1, {"CPU": 1}, "PACK", timeout=30.0)
     assert not ray.is_initialized()
 
 
@@ -161,7 +161,7 @@ def test_an_unreachable_cluster_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with (
         pytest.raises(UnreadyError, match=r"does not answer(?s:.*)RAY_ADDRESS"),
-        environment.cluster(),
+        cluster.ray_cluster(),
     ):
         pass
 
@@ -196,10 +196,10 @@ def test_memory_settings_of_glibc_are_for_cpus(
     on_gpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the notebooks' kernels start with, and the workers with them."""
-    monkeypatch.setattr(environment, "_has_nvidia", lambda: on_gpu)
+    monkeypatch.setattr(machine, "_has_nvidia", lambda: on_gpu)
     monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if "MALLOC" not in k})
     with pytest.raises(ParameterError, match="unknown parameter NOBODY"):
         pipeline.run_all(run.Run.open("glibc", tmp_path), {"NOBODY": 1})
     assert {name for name in os.environ if "MALLOC" in name} == (
-        set() if on_gpu else set(environment.KEEP_MEMORY)
+        set() if on_gpu else set(machine.KEEP_MEMORY)
     )

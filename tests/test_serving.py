@@ -17,7 +17,7 @@ from urllib.request import urlopen
 
 import pytest
 import yaml
-from conftest import python
+from conftest import python, write_jsonl
 from nodes import free_port
 
 from cpt_helpers import recipes
@@ -25,7 +25,7 @@ from cpt_helpers.data import corpora
 from cpt_helpers.errors import ExportError, TrackingError
 from cpt_helpers.export import evaluation, huggingface, model_registry, quantization, serving
 from cpt_helpers.run import PROJECT, Run
-from cpt_helpers.setup import assets, models
+from cpt_helpers.setup import models
 from cpt_helpers.train import tracking
 
 pytestmark = pytest.mark.forms
@@ -102,7 +102,7 @@ def adapters(train_tiny, storage: Path) -> dict[str, Run]:
     """Two adapters of our recipe on one base: documentation, and Python source."""
     source = storage / "files" / "source.jsonl"
     files = sorted(Path(json.__file__).parent.parent.glob("*.py"))
-    assets.write_jsonl(source, [path.read_text("utf-8")[:4000] for path in files[:120]])
+    write_jsonl(source, [path.read_text("utf-8")[:4000] for path in files[:120]])
     return {
         "handbook": train_tiny("lora"),
         "source": train_tiny("lora", str(source), "tiny-lora-source"),

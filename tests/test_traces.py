@@ -27,11 +27,11 @@ else:
 """
 FORKED = """
 import sys
-from cpt_helpers.setup import assets, environment
+from cpt_helpers.setup import assets, cluster
 from cpt_helpers.data import packing
 tokenizer = assets.tokenizer_of(sys.argv[1])
 packing.pack(["some text " * 50] * 200, tokenizer, 64)
-with environment.cluster() as ray:
+with cluster.ray_cluster() as ray:
     print(len(ray.nodes()), "node")
 """
 

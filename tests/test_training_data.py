@@ -10,6 +10,7 @@ from typing import Any
 import papermill
 import pytest
 import yaml
+from conftest import write_jsonl
 from papermill.exceptions import PapermillExecutionError
 
 from cpt_helpers import notebook, pipeline, recipes
@@ -103,7 +104,7 @@ def test_the_training_half_has_to_fill_a_block_too(
     recipe: Path, place: Path, tmp_path: Path
 ) -> None:
     small = tmp_path / "small.jsonl"
-    assets.write_jsonl(small, [f"document {i}" for i in range(40)])
+    write_jsonl(small, [f"document {i}" for i in range(40)])
     with pytest.raises(DataError, match=r"is full in small, small_heldout(?s:.*)\n.*small: "):
         pipeline.configure(Run.open("r", place), str(recipe), str(small), {"cutoff_len": 2000})
 

@@ -227,14 +227,14 @@ def write_manifest(
     """
     import importlib.metadata
 
-    from ..setup.environment import CORE
+    from ..setup.machine import CORE_PACKAGES
 
     manifest = {
         "step": step,
         "world_size": world_size,
         "losses": losses,
         "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "versions": {name: importlib.metadata.version(name) for name in CORE},
+        "versions": {name: importlib.metadata.version(name) for name in CORE_PACKAGES},
         "files": dict(sorted(files.items())),
     }
     write_json(path / MANIFEST, manifest)

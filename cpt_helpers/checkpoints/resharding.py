@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..run import Run
-from ..setup.environment import require_room
+from ..setup.machine import require_room
 from .manifests import Checkpoint
 
 

@@ -12,7 +12,7 @@ from ..errors import ConfigError, CptError, DataError
 from ..notebook import as_overrides
 from ..recipes import HELD_OUT, Recipe
 from ..run import Run
-from ..setup import assets, environment
+from ..setup import assets, cluster
 from . import flops, forecast, planning, preflight, resolution
 from .forecast import USABLE
 from .preflight import Finding
@@ -42,7 +42,7 @@ def dry_run(arguments: Any) -> int:
     except CptError as error:
         findings.append(Finding("plan", error.what, error))
     try:
-        with environment.cluster() as ray:
+        with cluster.ray_cluster() as ray:
             findings += _later(preflight.look(run, args, ray), run, args)
     except CptError as error:
         findings.append(Finding("cluster", error.what, error))

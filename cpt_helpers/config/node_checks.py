@@ -18,7 +18,7 @@ from typing import Any
 
 from ..errors import AssetError, CptError, UnreadyError
 from ..recipes import Recipe
-from ..setup import environment
+from ..setup import machine
 from . import forecast, memory
 
 SECONDS = 32.0  # for a node's answer; a fresh one unpacks what it is sent first
@@ -152,8 +152,8 @@ def faults(
     need = workers * (host + memory.LIBRARIES)
     if host and need > toolkit.memory:
         yield UnreadyError(
-            f"{name} has too little memory for offloading: {environment.in_words(need)} needed, "
-            f"{environment.in_words(toolkit.memory)} there",
+            f"{name} has too little memory for offloading: {machine.format_bytes(need)} needed, "
+            f"{machine.format_bytes(toolkit.memory)} there",
             where=f"{workers} worker{'s' * (workers > 1)} of the node, by the plan",
             expected="memory for weights, gradients and optimizer states of all its workers",
             do="a node with more memory, more nodes, or finetuning_type: freeze or lora "

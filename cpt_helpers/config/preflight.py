@@ -20,7 +20,7 @@ from ..data.registry import read_registry
 from ..errors import AssetError, CptError, DataError, StorageError, UnreadyError
 from ..recipes import Recipe, names_of
 from ..run import Run
-from ..setup import environment, hub, tracking_store
+from ..setup import cluster, machine, models, tracking_store
 from . import advice, forecast, node_checks, planning, refused
 from .findings import Finding
 from .findings import raise_if_wrong as raise_if_wrong
@@ -28,7 +28,7 @@ from .findings import table as table
 from .findings import warned as warned
 
 _SECONDS = 8.0  # for an answer from a node, a hub or a server
-PACKAGES = (*environment.CORE, "accelerate", "datasets", "numpy")
+PACKAGES = (*machine.CORE_PACKAGES, "accelerate", "datasets", "numpy")
 
 
 def before_launch(run: Run, args: Recipe) -> None:
@@ -51,7 +51,7 @@ def look(run: Run, args: Recipe, ray: Any, *, wait: bool = False) -> list[Findin
     Args:
         run: Whose storage is used.
         args: The resolved recipe.
-        ray: The cluster (``environment.cluster()``).
+        ray: The cluster (``cluster.ray_cluster()``).
         wait: Whether to wait for nodes that the cluster may start on demand.
     """
     return [
@@ -82,7 +82,7 @@ def model(args: Recipe) -> str:
     folder = Path(name)
     if folder.is_absolute():
         return _model_folder(folder)
-    return hub.ask(name)
+    return models.ask_hub(name)
 
 
 def _model_folder(folder: Path) -> str:
@@ -121,9 +121,9 @@ def placement(ray: Any, args: Recipe, *, wait: bool = False) -> str:
     workers, each, strategy = _asked(args)
     asked = f"{workers} workers with {', '.join(f'{n:g} {kind}' for kind, n in each.items())} each"
     try:
-        environment.require_workers(ray, workers, each, strategy=strategy, wait=wait)
+        cluster.require_workers(ray, workers, each, strategy=strategy, wait=wait)
     except UnreadyError:
-        if not wait and environment.grows():
+        if not wait and cluster.grows():
             return f"{asked}: not now, and this cluster starts nodes when they are asked for"
         if unknown := _labels_nobody_has(ray, each):
             raise unknown from None
@@ -140,7 +140,7 @@ def _asked(args: Recipe) -> tuple[int, dict[str, float], str]:
 def fits(ray: Any, args: Recipe) -> bool:
     """Whether the nodes that are alive have room for the workers, whatever runs on them now."""
     workers, each, strategy = _asked(args)
-    return environment.fitting_workers(ray, each, strategy) >= workers
+    return cluster.fitting_workers(ray, each, strategy) >= workers
 
 
 def _labels_nobody_has(ray: Any, each: dict[str, float]) -> UnreadyError | None:
@@ -188,19 +188,19 @@ def enough_memory(ray: Any, args: Recipe) -> str:
     """
     shape = forecast.shape_of(args)
     each = forecast.memory.of_worker(args, shape).peak
-    workers, said = args.workers, f"{environment.in_words(each)} a worker"
+    workers, said = args.workers, f"{machine.format_bytes(each)} a worker"
     resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if args.use_cpu:
         have = sum(r.get("memory", 0) + r.get("object_store_memory", 0) for r in resources)
         if workers * each > have:
             raise UnreadyError(
                 f"{workers} workers need {said} at the peak, by the plan",
-                where=f"the Ray cluster has {environment.in_words(have)} on {len(resources)} nodes",
+                where=f"the Ray cluster has {machine.format_bytes(have)} on {len(resources)} nodes",
                 expected="memory for all of them",
                 do="smaller blocks or fewer at once (per_device_train_batch_size, cutoff_len), "
                 "gradient checkpointing, a higher ZeRO stage, or more nodes",
             )
-        return f"{said} of {environment.in_words(have)} in the cluster"
+        return f"{said} of {machine.format_bytes(have)} in the cluster"
     kinds = {forecast.gpu_of(Recipe(resources_per_worker=r)) for r in resources if r.get("GPU")}
     for kind in filter(None, kinds):
         tried = forecast.fits(args, shape, kind)
@@ -212,7 +212,7 @@ def enough_memory(ray: Any, args: Recipe) -> str:
             changes = " + ".join(fit.change for fit in tried[1:])
             raise UnreadyError(
                 f"the recipe does not fit on an {kind}: {said} at the peak, by the plan",
-                where=f"{kind}, {environment.in_words(tried[0].capacity)}",
+                where=f"{kind}, {machine.format_bytes(tried[0].capacity)}",
                 expected="a GPU with room for it, or a smaller recipe",
                 do=f"OVERRIDES with {changes}" if tried[-1].fits else "more workers, larger GPUs",
             )
@@ -389,7 +389,7 @@ def room(run: Run, args: Recipe) -> str:
     need = _disk(run, args)
     have = run.checkpoint_bytes() / 2**30
     said = f"; {have:.3g} GiB of it are there" if have else ""
-    environment.require_room(run.storage, max(need.total - have, 0.0), need.in_words() + said)
+    machine.require_room(run.storage, max(need.total - have, 0.0), need.in_words() + said)
     return f"room for {need.in_words()}"
 
 

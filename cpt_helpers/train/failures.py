@@ -10,7 +10,7 @@ from typing import Any
 from ..checkpoints import manifests
 from ..errors import CptError, DivergedError, StorageError, TrainingError, WeightsError
 from ..run import Run
-from ..setup.environment import in_words
+from ..setup.machine import format_bytes
 
 # What a rank says when another one is gone: no cause, but its consequence.
 _CONSEQUENCES = (
@@ -114,9 +114,9 @@ def readable(run: Run, said: str, attempts: list[str]) -> CptError:
     if cause.full:
         free = shutil.disk_usage(run.storage).free
         size = last_save(run)
-        each = f", a checkpoint takes {in_words(size)}" if size else ""
+        each = f", a checkpoint takes {format_bytes(size)}" if size else ""
         return StorageError(
-            f"the storage ran full while '{run.name}' wrote to it: {in_words(free)} free{each}",
+            f"the storage ran full while '{run.name}' wrote to it: {format_bytes(free)} free{each}",
             where=where,
             expected="room for one checkpoint more than save_total_limit keeps",
             do="make room and give the same command again: it goes on from the newest whole "

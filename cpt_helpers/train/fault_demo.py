@@ -15,7 +15,7 @@ from ..errors import Interrupted, TrainingError
 from ..recipes import Recipe
 from ..redirect import hushed
 from ..run import Run
-from ..setup import assets, environment
+from ..setup import assets, cluster
 from . import launch
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def demonstrate(run: Run, args: Recipe) -> Survival:
     record = folder / "killed.json"
     if not record.is_file():
         shutil.rmtree(killed.folder, ignore_errors=True)
-    with environment.cluster():
+    with cluster.ray_cluster():
         for each in (undisturbed, killed):
             if each.state == "complete" and record.is_file() | (each is undisturbed):
                 continue

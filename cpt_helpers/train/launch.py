@@ -26,7 +26,7 @@ from ..config import preflight
 from ..errors import CptError, Interrupted, TrainingError
 from ..recipes import Recipe
 from ..run import Run
-from ..setup import environment
+from ..setup import cluster
 from . import failures, tracking
 from .worker_env import handed_to_workers, set_variables
 
@@ -79,7 +79,7 @@ def train(
             resharding.universal(run, resumed, world_size)
         # Ray's start is waiting for other processes: half of a launch's imports fit into it.
         threading.Thread(target=importlib.import_module, args=["torch"], daemon=True).start()
-        with environment.cluster() as ray:
+        with cluster.ray_cluster() as ray:
             args = preflight.placed(ray, args)
             preflight.raise_if_wrong(preflight.nodes(run, args, ray))
             run.logs.mkdir(parents=True, exist_ok=True)
@@ -355,9 +355,9 @@ class _Attempts:
             self.waiting = 0.0
         elif not self.waiting:
             self.waiting = self.looked
-            seconds = environment.placement_timeout()
+            seconds = cluster.placement_timeout()
             display.say(f"nodes were lost: waiting up to {seconds:.0f} s for room for the workers")
-        elif self.looked - self.waiting > environment.placement_timeout():
+        elif self.looked - self.waiting > cluster.placement_timeout():
             preflight.placement(self.ray, self.args)
 
     def _started(self) -> bool:

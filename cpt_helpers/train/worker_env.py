@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import TrackingError
 from ..recipes import Recipe
 from ..run import Run
-from ..setup.tracking_store import OF_MLFLOW
+from ..setup.tracking_store import MLFLOW_PREFIXES
 
 VARIABLES = b"cpt_helpers"  # namespace in the key-value store of Ray's head, which is in memory
 
@@ -28,7 +28,9 @@ def worker_environment(args: Recipe) -> dict[str, str]:
 
     if token := get_token():  # that of `huggingface-cli login` is in a file of this machine
         variables.setdefault("HF_TOKEN", token)
-    return {name: value for name, value in variables.items() if not name.startswith(OF_MLFLOW)}
+    return {
+        name: value for name, value in variables.items() if not name.startswith(MLFLOW_PREFIXES)
+    }
 
 
 @contextmanager
