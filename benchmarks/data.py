@@ -2,7 +2,7 @@
 
 Makes corpora of 10 MB, 100 MB and 1 GB out of real sentences (docstrings of the installed packages,
 and news), plants exact and near duplicates and broken lines among them, and prepares each in a
-process of its own. Writes ``benchmarks/results/corpora.json``.
+process of its own. Writes ``benchmarks/results/data.json``.
 """
 
 from __future__ import annotations
@@ -136,9 +136,9 @@ def tokenising(work: Path, name: str, model: str, repeats: int = 3) -> dict[str,
         encode = tokenizer._tokenizer.encode_batch_fast
         tokens = sum(len(e.ids) for e in encode(texts, add_special_tokens=False))
         alone.append(tokens / (time.monotonic() - since))
-        packer = packing._Packer(tokenizer, 256)
+        packer = packing.Packer(tokenizer, 256)
         since = time.monotonic()
-        packing._arrow(work / f"{number}.arrow", packer.blocks(texts))
+        packing.write_arrow(work / f"{number}.arrow", packer.blocks(texts))
         ours.append((packer.tokens - len(texts)) / (time.monotonic() - since))
     rate, reference = statistics.median(ours), statistics.median(alone)
     return {

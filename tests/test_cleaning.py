@@ -1,4 +1,4 @@
-"""Duplicates, contamination, filters; mixing, packing, tokenising once; the registry."""
+"""Duplicates, contamination, filters; mixing, packing, tokenising once; the corpora."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from bpe import forcing_bos
 
-from cpt_helpers.data import cleaning, corpora, duplicates, ingest, mixing, packing, registry
-from cpt_helpers.data.cleaning import Cleaning, failed, shingles
+from cpt_helpers.data import corpora, duplicates, ingest, mixing, packing
+from cpt_helpers.data.cleaning import Cleaning, failed_filter, is_held_out, shingles
 from cpt_helpers.errors import DataError, ParameterError
+from cpt_helpers.recipes import Recipe
 from cpt_helpers.setup import assets
 
 
@@ -92,7 +93,7 @@ def test_held_out_and_training_share_nothing_nearly_the_same(planted, tmp_path: 
     assert {h for _, h in crossed} <= set(held)
     assert not [1 for h in held for t in trained if alike(t, h) >= 0.8]
     reasons = set(clean.dropped)
-    assert reasons == {"nearly the same text is held out"}
+    assert reasons == {"a near duplicate of a held-out document"}
     lines = [json.loads(x) for x in (clean.folder / "dropped.jsonl").read_text().splitlines()]
     assert len(lines) == sum(clean.dropped.values()) and all("like" in x for x in lines)
 
@@ -108,11 +109,11 @@ def test_every_held_out_document_of_a_large_bucket_is_compared(
     passage = [f"p{i}" for i in range(86)]
     own = [[f"d{n}x{i}" for i in range(16)] for n in range(600)]
     texts = [" ".join(passage + words) for words in own]
-    held = [n for n, text in enumerate(texts) if corpora.is_held_out(text, 0.5)]
+    held = [n for n, text in enumerate(texts) if is_held_out(text, 0.5)]
     copies = []
     for n in held[:80]:  # two of the held-out text's own words make 0.754 of 0.724
         copy = " ".join([*passage, *own[n][:2], *(f"c{n}x{i}" for i in range(14))])
-        if not corpora.is_held_out(copy, 0.5):
+        if not is_held_out(copy, 0.5):
             copies.append((copy, texts[n]))
     assert len(copies) >= 30 and all(0.75 <= alike(*pair) < 0.76 for pair in copies)
     assert alike(texts[0], texts[1]) < 0.73
@@ -134,10 +135,10 @@ def test_each_filter_is_a_switch() -> None:
     prose += " ".join(
         f"They came to {w} with it and that was to be seen by all." for w in "abcdefgh"
     )
-    assert failed(prose, Cleaning(quality=True)) == ""
-    assert "shorter than 2,000" in failed(prose, Cleaning(min_characters=2000))
-    assert "longer than 10" in failed(prose, Cleaning(max_characters=10))
-    assert failed("x", Cleaning()) == ""
+    assert failed_filter(prose, Cleaning(quality=True)) == ""
+    assert "shorter than 2,000" in failed_filter(prose, Cleaning(min_characters=2000))
+    assert "longer than 10" in failed_filter(prose, Cleaning(max_characters=10))
+    assert failed_filter("x", Cleaning()) == ""
     for text, reason in [
         ("too short", "fewer than 50"),
         ("a b " * 60, "words of fewer than 3"),
@@ -148,14 +149,14 @@ def test_each_filter_is_a_switch() -> None:
             "ellipsis",
         ),
         ("1234 5678 91011 words the and of " * 20, "no letter"),
-        ("palavras sempre outras coisas " * 20, "commonest words"),
+        ("palavras sempre outras coisas " * 20, "most common words"),
         (
             "\n".join(["the same line of words and that again and again to be"] * 20),
             "repeated lines",
         ),
         (prose + " Lorem ipsum dolor", "lorem ipsum"),
     ]:
-        assert reason in failed(text, Cleaning(quality=True)), (text[:40], reason)
+        assert reason in failed_filter(text, Cleaning(quality=True)), (text[:40], reason)
 
 
 @pytest.fixture(scope="module")
@@ -203,8 +204,8 @@ def two(corpus: Path, tmp_path_factory) -> tuple[corpora.Corpus, corpora.Corpus]
 def test_tokenised_once_and_anew_when_anything_changes(two, tokenizer, monkeypatch) -> None:
     domain, _ = two
     made: list[int] = []
-    real = packing._arrow
-    monkeypatch.setattr(packing, "_arrow", lambda *a: made.append(1) or real(*a))
+    real = packing.write_arrow
+    monkeypatch.setattr(packing, "write_arrow", lambda *a: made.append(1) or real(*a))
     first = packing.tokenise(domain, tokenizer, 64, held_out=False)
     assert first.blocks * 64 + first.dropped == first.tokens and first.dropped < 64
     assert sum(first.histogram.values()) == first.documents == domain.documents
@@ -221,7 +222,8 @@ def test_a_mix_is_drawn_in_its_shares_without_repetition(two, tokenizer) -> None
     from datasets import load_from_disk
 
     domain, news = two
-    mix = mixing.mix([(domain, 0.75), (news, 0.25)], [domain, news], tokenizer, 64, blocks=100)
+    recipe = Recipe(cutoff_len=64, eval_on_start=True, max_steps=100, per_device_train_batch_size=1)
+    mix = mixing.for_recipe(recipe, [(domain, 0.75), (news, 0.25)], [domain, news], tokenizer)
     assert [d.blocks for d in mix.drawn] == [75, 25] and mix.blocks == 100
     rows = load_from_disk(str(mix.path))
     assert set(rows) == {"train", "validation_handbook_heldout", "validation_news_heldout"}
@@ -230,12 +232,15 @@ def test_a_mix_is_drawn_in_its_shares_without_repetition(two, tokenizer) -> None
     theirs = {tuple(b) for b in packing.pack(corpora.texts_of(news.train), tokenizer, 64).blocks}
     assert sum(b in theirs for b in blocks) == 25
     assert len(rows["validation_news_heldout"]) == mix.held_out["news_heldout"]
-    again = mixing.mix([(domain, 3), (news, 1)], [domain, news], tokenizer, 64, blocks=100)
+    again = mixing.for_recipe(recipe, [(domain, 3), (news, 1)], [domain, news], tokenizer)
     assert again.path == mix.path
-    other = mixing.mix([(domain, 3), (news, 1)], [domain, news], tokenizer, 64, blocks=100, seed=1)
+    other = mixing.for_recipe(
+        recipe | {"seed": 1}, [(domain, 3), (news, 1)], [domain, news], tokenizer
+    )
     assert [tuple(r) for r in load_from_disk(str(other.path))["train"]["input_ids"]] != blocks
     with pytest.raises(DataError, match=r"too small for 75\.0%(?s:.*)a share of at most"):
-        mixing.mix([(domain, 3), (news, 1)], [news], tokenizer, 64, blocks=100_000, epochs=20)
+        long = recipe | {"max_steps": 100_000}
+        mixing.for_recipe(long, [(domain, 3), (news, 1)], [news], tokenizer, epochs=20)
 
 
 def test_weights_and_replay() -> None:
@@ -243,36 +248,36 @@ def test_weights_and_replay() -> None:
     assert mixing.weights({"a": 3, "b": 1}, {"news": 0.2}) == pytest.approx(
         {"a": 0.6, "b": 0.2, "news": 0.2}
     )
-    with pytest.raises(DataError, match="leave something to the domain"):
+    with pytest.raises(DataError, match="shares that add up to less than 1"):
         mixing.weights("a", {"b": 0.6, "c": 0.5})
     with pytest.raises(DataError, match="'b' has the weight 0"):
         mixing.weights("a", {"b": 0})
-    with pytest.raises(DataError, match="both the corpus and replayed"):
+    with pytest.raises(DataError, match="both CORPUS and REPLAY"):
         mixing.weights({"a": 1, "news": 1}, {"news": 0.1})
 
 
 def test_switches_are_known_by_name() -> None:
-    assert cleaning.chosen({"near": 0, "quality": True}).quality
-    with pytest.raises(ParameterError, match=r"no switch 'nere'(?s:.*)nearest known: near"):
-        cleaning.chosen({"nere": 1})
+    assert Cleaning.from_settings({"near": 0, "quality": True}).quality
+    with pytest.raises(ParameterError, match=r"no setting 'nere'(?s:.*)nearest known: near"):
+        Cleaning.from_settings({"nere": 1})
     with pytest.raises(ParameterError, match="exact is 'yes'"):
-        cleaning.chosen({"exact": "yes"})
+        Cleaning.from_settings({"exact": "yes"})
 
 
 def _register(path: str, number: int) -> None:
     for i in range(20):
-        registry.register(Path(path), {f"d{number}_{i}": {"file_name": "x.jsonl"}})
+        corpora.register(Path(path), {f"d{number}_{i}": {"file_name": "x.jsonl"}})
 
 
 def test_two_processes_register_at_once(tmp_path: Path) -> None:
-    path = tmp_path / registry.REGISTRY
+    path = tmp_path / corpora.REGISTRY
     context = multiprocessing.get_context("spawn")
     both = [context.Process(target=_register, args=(str(path), n)) for n in range(2)]
     for process in both:
         process.start()
     for process in both:
         process.join()
-    assert len(registry.read_registry(path)) == 40
+    assert len(corpora.read_registry(path)) == 40
 
 
 def test_a_large_corpus_is_read_by_processes_as_by_one(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cpt_helpers.data import corpora, registry
+from cpt_helpers.data import corpora
 from cpt_helpers.errors import AssetError, DataError
 
 GOOD = b'{"text": "a document"}'
@@ -26,7 +26,7 @@ def write(path: Path, *lines: bytes) -> Path:
         (b'{"text": "cut', "not JSON"),
         (b"no json at all", "not JSON"),
         (b'{"content": "x"}', "no `text` (its keys: content)"),
-        (b'["x"]', "no `text` (no object)"),
+        (b'["x"]', "no `text` (not an object)"),
         (b'{"text": ""}', "`text` is empty"),
         (b'{"text": "  \\n "}', "`text` is empty"),
         (b'{"text": 7}', "`text` is int, not a string"),
@@ -43,8 +43,8 @@ def test_a_bad_line_is_named_by_its_number(tmp_path: Path, line: bytes, problem:
     with pytest.raises(DataError) as refused:
         corpora.prepare(str(path), tmp_path)
     assert f"c.jsonl:3: {problem}" in str(refused.value)
-    assert "1 of 4 records" in str(refused.value)
-    assert not (tmp_path / "corpora" / "c").exists() and not (tmp_path / registry.REGISTRY).exists()
+    assert "1 of 4 records are invalid" in str(refused.value)
+    assert not (tmp_path / "corpora" / "c").exists() and not (tmp_path / corpora.REGISTRY).exists()
 
 
 def test_many_bad_lines_are_counted(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_a_missing_file_and_an_empty_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         corpora.prepare(str(tmp_path / "nothere.jsonl"), tmp_path)
     (tmp_path / "folder").mkdir()
-    with pytest.raises(DataError, match="no file with text is there"):
+    with pytest.raises(DataError, match="there is no file with text"):
         corpora.prepare(str(tmp_path / "folder"), tmp_path)
 
 
@@ -168,14 +168,14 @@ def test_a_name_that_is_taken(corpus: Path, tmp_path: Path) -> None:
 
 def test_the_registry_keeps_what_is_there(corpus: Path, tmp_path: Path) -> None:
     mine = {"file_name": "mine.jsonl", "columns": {"prompt": "body"}}
-    (tmp_path / registry.REGISTRY).write_text(json.dumps({"mine": mine}))
+    (tmp_path / corpora.REGISTRY).write_text(json.dumps({"mine": mine}))
     corpora.prepare(str(corpus), tmp_path)
-    known = registry.read_registry(tmp_path / registry.REGISTRY)
+    known = corpora.read_registry(tmp_path / corpora.REGISTRY)
     assert known["mine"] == mine
     assert known["handbook"]["file_name"] == "corpora/handbook/train.jsonl"
     assert set(known) == {"mine", "handbook", "handbook_heldout"}, "only what is on the storage"
     with pytest.raises(DataError, match="'mine' is taken"):
-        registry.register(tmp_path / registry.REGISTRY, {"mine": {"file_name": "yours.jsonl"}})
-    (tmp_path / registry.REGISTRY).write_text("{")
+        corpora.register(tmp_path / corpora.REGISTRY, {"mine": {"file_name": "yours.jsonl"}})
+    (tmp_path / corpora.REGISTRY).write_text("{")
     with pytest.raises(DataError, match="registry cannot be read"):
         corpora.prepare(str(corpus), tmp_path)

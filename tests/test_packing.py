@@ -12,6 +12,7 @@ import pytest
 from cpt_helpers.data import corpora, mixing, packing
 from cpt_helpers.errors import DataError
 from cpt_helpers.export import evaluation
+from cpt_helpers.recipes import Recipe
 from cpt_helpers.setup import models
 from cpt_helpers.train.collator import BlockCollator
 
@@ -103,7 +104,8 @@ def test_what_the_workers_load_begins_with_bos(plain, corpus: Path, tmp_path: Pa
     from datasets import load_from_disk
 
     handbook = corpora.prepare(str(corpus), tmp_path)
-    mix = mixing.mix([(handbook, 1)], [handbook], bpe.forcing_bos(plain), BLOCK)
+    recipe = Recipe(cutoff_len=BLOCK, eval_on_start=True)
+    mix = mixing.for_recipe(recipe, [(handbook, 1)], [handbook], bpe.forcing_bos(plain))
     halves = load_from_disk(str(mix.path))
     assert len(halves) == 2
     for rows in halves.values():

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from cpt_helpers.data import cleaning, corpora, files, ingest, sources
+from cpt_helpers.data import cleaning, corpora, formats, ingest, sources
 from cpt_helpers.errors import DataError
 
 TEXTS = [f"document {i}: «Käse» costs {i} €\nsecond line" for i in range(40)]
@@ -31,7 +31,7 @@ def read(corpus: str, column: str = "text", most: int | None = None) -> list[str
     found = []
     for shard in sources.find(corpus, column, most).shards:
         for record in shard.read():
-            text, problem = cleaning._text(record, column)
+            text, problem = cleaning.text_of(record, column)
             assert not problem, problem
             found.append(text)
     return found
@@ -41,7 +41,7 @@ def problems(corpus: str) -> list[str]:
     found = []
     for shard in sources.find(corpus).shards:
         for record in shard.read():
-            _, problem = cleaning._text(record, "text")
+            _, problem = cleaning.text_of(record, "text")
             if problem:
                 found.append(f"{record.where}: {problem}")
     return found
@@ -189,11 +189,11 @@ def test_mixed_shards_and_those_done_are_not_done_again(tmp_path: Path, monkeypa
     (folder / "3.jsonl").write_bytes(jsonl(["x"]) + '{"text": "Käse"}'.encode("latin-1"))
     with pytest.raises(DataError, match=r"3\.jsonl:2: not UTF-8"):
         corpora.prepare(str(folder), tmp_path)
-    (folder / "3.jsonl").write_bytes(jsonl(["mended"]))
+    (folder / "3.jsonl").write_bytes(jsonl(["fixed"]))
     done: list[str] = []
-    work = ingest.read
+    work = ingest.read_shard
     monkeypatch.setattr(
-        ingest, "read", lambda shard, *a, **k: done.append(shard.name) or work(shard, *a, **k)
+        ingest, "read_shard", lambda shard, *a, **k: done.append(shard.name) or work(shard, *a, **k)
     )
     found = corpora.prepare(str(folder), tmp_path)
     assert done == ["3.jsonl"]
@@ -217,7 +217,7 @@ def test_an_unreadable_folder(tmp_path: Path) -> None:
                 for parent in (tmp_path, *list(tmp_path.parents)[:2]):
                     parent.chmod(0o755)
                 os.setuid(65534)
-            files._require_readable(folder, str(folder))
+            sources._require_readable(folder, str(folder))
         except DataError as error:
             said = str(error)
             code = 0 if "no permission to read the folder" in said and "sub" in said else 2
@@ -241,7 +241,7 @@ def test_only_regular_files_are_opened(tmp_path: Path, monkeypatch) -> None:
         (tmp_path / "pipe", "pipe is a named pipe"),
         (f"file://{tmp_path}/pipe", "pipe is a named pipe"),
         (tmp_path / "link.txt", "link.txt is a named pipe"),
-        (tmp_path / "nothing.txt", "nothing.txt is a link to nothing"),
+        (tmp_path / "nothing.txt", "nothing.txt is a broken link"),
         (folder, "pipe.jsonl is a named pipe"),
         (folder / "**" / "*.jsonl", "pipe.jsonl is a named pipe"),
         (f"hf:{folder}", "pipe.jsonl is a named pipe"),
@@ -328,7 +328,7 @@ def test_a_server_that_stalls(
     name: str, answer: bytes, stalled: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before its answer, in the middle of the head, or in the middle of the body."""
-    monkeypatch.setattr(files, "TIMEOUT", 1.0)
+    monkeypatch.setattr(formats, "TIMEOUT", 1.0)
     since = time.monotonic()
     with pytest.raises(DataError, match="cannot be read: the server stopped sending data"):
         read(f"{stalled(answer)}/{name}")
@@ -346,7 +346,7 @@ def test_a_bucket_that_stalls(stalled: Callable, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     opened = s3fs.S3FileSystem(skip_instance_cache=True).open("b/c.txt", size=100)
     with pytest.raises(DataError, match="the server stopped sending data"):
-        list(files._read_file(_Opened(opened), "b/c.txt", "text", "s3://b/c.txt", web=False))
+        list(formats.read_file(_Opened(opened), "b/c.txt", "text", "s3://b/c.txt", web=False))
 
 
 class _Opened:

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from papermill.exceptions import PapermillExecutionError
 
-from cpt_helpers import notebook, pipeline, recipes
-from cpt_helpers.data import corpora, mixing, preparation
+from cpt_helpers import data, notebook, pipeline, recipes
+from cpt_helpers.data import corpora, packing
 from cpt_helpers.errors import ConfigError, DataError
 from cpt_helpers.run import Run
 from cpt_helpers.setup import assets
@@ -30,7 +30,7 @@ def recipe(tiny_gemma3: Path, tmp_path: Path) -> Path:
         "report_to": "none",
     }
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(given))
+    path.write_text(yaml.safe_dump(dict(given)))
     return path
 
 
@@ -129,9 +129,9 @@ def splits(run: Run) -> list[str]:
 
 
 def heldout_tokens(recipe: Path, corpus: Path, place: Path) -> int:
-    chosen = preparation.prepare(str(recipe), {}, place, corpus=str(corpus))
+    chosen = data.prepare(str(recipe), {}, place, corpus=str(corpus))
     tokenizer = assets.tokenizer_of(chosen.recipe["model_name_or_path"])
-    return mixing.tokenise(chosen.domain, tokenizer, 64, held_out=True).tokens
+    return packing.tokenise(chosen.domain, tokenizer, 64, held_out=True).tokens
 
 
 def test_more_steps_than_the_corpus_lasts_are_refused_as_in_notebook_03(
@@ -145,7 +145,7 @@ def test_more_steps_than_the_corpus_lasts_are_refused_as_in_notebook_03(
 
 def test_a_key_that_is_taken_out_has_its_default(recipe: Path, corpus: Path, place: Path) -> None:
     none = {"max_samples": None, "max_steps": None, "seed": None, "cutoff_len": None}
-    chosen = preparation.prepare(str(recipe), none, place, corpus=str(corpus))
+    chosen = data.prepare(str(recipe), none, place, corpus=str(corpus))
     assert chosen.domain.records == 400
     tokenizer = assets.tokenizer_of(chosen.recipe["model_name_or_path"])
     assert chosen.blocks(tokenizer).block_size == 2048

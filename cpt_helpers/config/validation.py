@@ -10,7 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..data.registry import read_registry
+from ..data.corpora import read_registry
+from ..data.mixing import evaluates
 from ..errors import ConfigError, nearest
 from ..recipes import HELD_OUT, Recipe, known_keys, line_of, names_of, where_of
 from ..redact import SECRET, strings
@@ -235,7 +236,7 @@ def _in_blocks(args: Recipe, path: Path) -> Iterator[ConfigError]:
             do="run notebook 02_data with the same OVERRIDES",
         )
     lacking = [n for n in names_of(args.get("eval_dataset")) if n not in mix["heldout_blocks"]]
-    if lacking:
+    if lacking and evaluates(args):
         yield ConfigError(
             f"eval_dataset: {', '.join(lacking)} would not be measured",
             where=f"{path}{line_of(path, 'eval_dataset')}\n{record}",
