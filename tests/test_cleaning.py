@@ -1,4 +1,4 @@
-"""Duplicates, contamination, filters; mixing, packing, tokenising once; the corpora."""
+"""Duplicates, contamination, filters; mixing, packing, tokenising once; the registry."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def planted(documents: list[str], tmp_path_factory) -> tuple[Path, dict[str, set
     return path, {"clean": set(long), "near": copies, "exact": set(exact)}
 
 
-def test_planted_duplicates_are_found_and_clean_documents_kept(planted, tmp_path: Path) -> None:
+def test_planted_duplicates_are_found_and_others_are_kept(planted, tmp_path: Path) -> None:
     path, known = planted
     found = corpora.prepare(str(path), tmp_path, fraction=0.2)
     kept = [*corpora.texts_of(found.train), *corpora.texts_of(found.heldout)]
-    assert len(kept) == len(set(kept)), "an exact one was left"
+    assert len(kept) == len(set(kept)), "an exact duplicate was kept"
     both = [
         n for n in known["near"] if n in kept and any(alike(n, k) >= 0.8 for k in kept if k != n)
     ]
@@ -55,8 +55,8 @@ def test_planted_duplicates_are_found_and_clean_documents_kept(planted, tmp_path
     assert len(known["near"]) >= 40
 
 
-def test_families_across_the_halves(documents, tmp_path: Path) -> None:
-    """Not only pairs: of several alike, in any order, none is trained on beside a held-out one."""
+def test_no_near_duplicate_of_a_held_out_document_is_trained_on(documents, tmp_path: Path) -> None:
+    """Groups of five near duplicates, in any order."""
     rng = random.Random(3)
     long = list(dict.fromkeys(d for d in documents if len(d.split()) > 150))[:25]
     family = [near(d, rng, 0.004) for d in long for _ in range(5)]
@@ -74,8 +74,8 @@ def alike(one: str, other: str) -> float:
     return len(a & b) / len(a | b)
 
 
-def test_held_out_and_training_share_nothing_nearly_the_same(planted, tmp_path: Path) -> None:
-    """Near duplicates across the halves: the training one goes, the held-out one stays."""
+def test_contamination_drops_the_training_document(planted, tmp_path: Path) -> None:
+    """Of near duplicates across the halves, the held-out document is kept."""
     path, _ = planted
     dirty = corpora.prepare(
         str(path), tmp_path / "a", fraction=0.3, cleaning=Cleaning(False, 0, False)
@@ -86,7 +86,7 @@ def test_held_out_and_training_share_nothing_nearly_the_same(planted, tmp_path: 
         for t in corpora.texts_of(dirty.train)
         if alike(t, h) >= 0.8
     ]
-    assert len(crossed) > 5, "none was planted across"
+    assert len(crossed) > 5, "no pair was planted across the halves"
     only = Cleaning(exact=False, near=0, contamination=True)
     clean = corpora.prepare(str(path), tmp_path / "b", fraction=0.3, cleaning=only)
     held, trained = list(corpora.texts_of(clean.heldout)), list(corpora.texts_of(clean.train))
@@ -102,9 +102,9 @@ def test_held_out_and_training_share_nothing_nearly_the_same(planted, tmp_path: 
 def test_every_held_out_document_of_a_large_bucket_is_compared(
     cleaning: Cleaning, tmp_path: Path
 ) -> None:
-    """600 texts share a long passage, too little to be alike; 40 more nearly equal a held-out one.
+    """600 texts share a long passage and are not similar; 40 more are similar to a held-out text.
 
-    Most buckets that such a pair shares are those of the passage, with a hundred held-out texts.
+    Such a pair shares most of its buckets with a hundred held-out texts, through the passage.
     """
     passage = [f"p{i}" for i in range(86)]
     own = [[f"d{n}x{i}" for i in range(16)] for n in range(600)]
@@ -130,7 +130,7 @@ def test_more_held_out_documents_than_are_indexed_at_once(tmp_path: Path, monkey
     test_every_held_out_document_of_a_large_bucket_is_compared(Cleaning(near=0), tmp_path)
 
 
-def test_each_filter_is_a_switch() -> None:
+def test_every_quality_filter() -> None:
     prose = "The wind and the sun had a quarrel about who was the stronger of the two. " * 1
     prose += " ".join(
         f"They came to {w} with it and that was to be seen by all." for w in "abcdefgh"
@@ -164,7 +164,7 @@ def tokenizer(tiny_gemma3: Path):
     return assets.tokenizer_of(str(tiny_gemma3))
 
 
-def test_packing_joins_by_the_separator_and_loses_nothing(tokenizer, documents) -> None:
+def test_packing_joins_by_the_separator_and_drops_no_token(tokenizer, documents) -> None:
     packed = packing.pack(documents * 4, tokenizer, 64)  # more than the 1,000 of a map batch
     assert len(packed.blocks) * 64 + packed.dropped == sum(packed.lengths)
     assert packed.dropped < 64
@@ -173,7 +173,7 @@ def test_packing_joins_by_the_separator_and_loses_nothing(tokenizer, documents) 
     assert joined.split("<eos>")[:-1] == (documents * 4)[: joined.count("<eos>")]
 
 
-def test_what_was_left_in_a_tokenizer_cuts_nothing(tiny_gemma3: Path) -> None:
+def test_truncation_set_in_a_tokenizer_is_ignored(tiny_gemma3: Path) -> None:
     tokenizer = assets.tokenizer_of(str(tiny_gemma3))
     plain = packing.fingerprint(tokenizer)
     whole = packing.pack(["a long text of many words " * 20], tokenizer, 8).lengths
@@ -182,7 +182,7 @@ def test_what_was_left_in_a_tokenizer_cuts_nothing(tiny_gemma3: Path) -> None:
     assert packing.fingerprint(tokenizer) == plain
 
 
-def test_it_is_what_llamafactory_makes_of_a_thousand(tokenizer, documents) -> None:
+def test_blocks_equal_those_of_llamafactory(tokenizer, documents) -> None:
     from llamafactory.data.processor import PretrainDatasetProcessor
     from llamafactory.hparams import DataArguments
 
@@ -201,7 +201,9 @@ def two(corpus: Path, tmp_path_factory) -> tuple[corpora.Corpus, corpora.Corpus]
     return corpora.prepare(str(corpus), storage), corpora.prepare("news", storage)
 
 
-def test_tokenised_once_and_anew_when_anything_changes(two, tokenizer, monkeypatch) -> None:
+def test_blocks_are_made_once_per_corpus_tokenizer_and_block_size(
+    two, tokenizer, monkeypatch
+) -> None:
     domain, _ = two
     made: list[int] = []
     real = packing.write_arrow
@@ -218,7 +220,7 @@ def test_tokenised_once_and_anew_when_anything_changes(two, tokenizer, monkeypat
     assert len({first.folder, other.folder, third.folder}) == len(made) == 3
 
 
-def test_a_mix_is_drawn_in_its_shares_without_repetition(two, tokenizer) -> None:
+def test_mix_has_its_shares_and_no_repetition(two, tokenizer) -> None:
     from datasets import load_from_disk
 
     domain, news = two
@@ -256,7 +258,7 @@ def test_weights_and_replay() -> None:
         mixing.weights({"a": 1, "news": 1}, {"news": 0.1})
 
 
-def test_switches_are_known_by_name() -> None:
+def test_unknown_settings_of_clean_are_refused() -> None:
     assert Cleaning.from_settings({"near": 0, "quality": True}).quality
     with pytest.raises(ParameterError, match=r"no setting 'nere'(?s:.*)nearest known: near"):
         Cleaning.from_settings({"nere": 1})
@@ -280,7 +282,7 @@ def test_two_processes_register_at_once(tmp_path: Path) -> None:
     assert len(corpora.read_registry(path)) == 40
 
 
-def test_a_large_corpus_is_read_by_processes_as_by_one(
+def test_several_processes_read_the_same_corpus_as_one(
     documents, tmp_path: Path, monkeypatch
 ) -> None:
     path = tmp_path / "big.jsonl"

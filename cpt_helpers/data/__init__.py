@@ -17,21 +17,21 @@ The modules, in the order of the work:
 """
 
 from .cleaning import Cleaning
-from .corpora import Corpus, registered_datasets
 from .corpora import load as load_corpus
 from .corpora import prepare as prepare_corpus
+from .corpora import registered_datasets
 from .mixing import Mix, TrainingData, prepare
-from .packing import pack
+from .packing import pack, plot_document_lengths
 from .sources import find as find_source
 
 __all__ = [
     "Cleaning",
-    "Corpus",
     "Mix",
     "TrainingData",
     "find_source",
     "load_corpus",
     "pack",
+    "plot_document_lengths",
     "prepare",
     "prepare_corpus",
     "registered_datasets",

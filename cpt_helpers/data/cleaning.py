@@ -30,23 +30,14 @@ _STOP_WORDS = frozenset({"the", "be", "to", "of", "and", "that", "have", "with"}
 
 @dataclass(frozen=True)
 class Cleaning:
-    """Which documents are dropped from a corpus.
+    """Which documents are dropped from a corpus."""
 
-    Attributes:
-        exact: Exact duplicates.
-        near: Near duplicates: the smallest Jaccard similarity of 3-word shingles; 0 keeps them.
-        contamination: Training documents that are near duplicates of a held-out document.
-        min_characters: Shorter documents.
-        max_characters: Longer documents; 0 for no limit.
-        quality: Documents that fail Gopher's and C4's rules, which are meant for web text.
-    """
-
-    exact: bool = True
-    near: float = 0.75
-    contamination: bool = True
-    min_characters: int = 1
-    max_characters: int = 0
-    quality: bool = False
+    exact: bool = True  # exact duplicates
+    near: float = 0.75  # near duplicates: the smallest Jaccard similarity; 0 keeps them
+    contamination: bool = True  # training documents that are near duplicates of a held-out one
+    min_characters: int = 1  # shorter documents
+    max_characters: int = 0  # longer documents; 0 for no limit
+    quality: bool = False  # documents that fail Gopher's and C4's rules, meant for web text
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> Cleaning:
@@ -98,22 +89,17 @@ class Tally:
 
 @dataclass
 class Part:
-    """A chunk of records after validation and filters; its documents are in a file.
+    """A chunk of records after validation and filters.
 
-    Attributes:
-        path: JSON Lines of ``where`` and ``text``. Next to it are ``.rejects``, ``.dropped``, and
-            the fingerprints: ``.keys``, ``.held-out`` and ``.offsets``.
-        documents: Documents in the file.
-        records: Records read.
-        rejects: Invalid records.
-        filtered: Documents that failed a filter.
+    Its documents are in a file of JSON Lines, with ``where`` and ``text``. Next to that file are
+    ``.rejects``, ``.dropped``, and the fingerprints: ``.keys``, ``.held-out`` and ``.offsets``.
     """
 
     path: str
-    documents: int
-    records: int
-    rejects: Tally
-    filtered: Tally
+    documents: int  # in the file
+    records: int  # read
+    rejects: Tally  # invalid records
+    filtered: Tally  # documents that failed a filter
 
 
 def clean_chunk(

@@ -36,35 +36,22 @@ REGISTRY = "dataset_info.json"
 class Corpus:
     """A corpus in its two halves on the storage.
 
-    Attributes:
-        name: Its name in the registry; the held-out half is ``<name>_heldout``.
-        source: The source of its documents.
-        folder: Holds ``train.jsonl``, ``heldout.jsonl``, ``rejects.jsonl`` and ``dropped.jsonl``.
-        documents: Documents in the training half.
-        heldout_documents: Documents in the held-out half.
-        characters: Characters in both halves.
-        records: Records read, valid or not.
-        rejected: Invalid records by reason.
-        dropped: Documents that were dropped, by reason.
-        examples: The first of each reason, as ``[where, text or problem]``.
-        fraction: The share of documents to hold out that was asked for.
-        sha256: Digest of all documents kept.
-        key: Digest of the source's marks and the settings; empty where the source has no marks.
+    Its folder holds ``train.jsonl``, ``heldout.jsonl``, ``rejects.jsonl`` and ``dropped.jsonl``.
     """
 
-    name: str
+    name: str  # in the registry; the held-out half is ``<name>_heldout``
     source: str
     folder: Path
-    documents: int
+    documents: int  # in the training half
     heldout_documents: int
-    characters: int
-    records: int
-    rejected: dict[str, int]
-    dropped: dict[str, int]
-    examples: dict[str, list[list[str]]] = field(repr=False)
-    fraction: float
-    sha256: str
-    key: str
+    characters: int  # in both halves
+    records: int  # read, valid or not
+    rejected: dict[str, int]  # invalid records by reason
+    dropped: dict[str, int]  # documents by reason
+    examples: dict[str, list[list[str]]] = field(repr=False)  # the first of each reason
+    fraction: float  # of documents to hold out
+    sha256: str  # of all documents kept
+    key: str  # digest of the source's marks and the settings; empty without marks
 
     def as_dict(self) -> dict[str, object]:
         """What a run's results keep of it."""
@@ -126,10 +113,9 @@ def prepare(
         storage: The corpus is kept in its folder ``corpora/<name>``.
         column: The field that holds the text.
         max_samples: The largest number of records, over all shards.
-        fraction: Share of documents to hold out; default 0.5 % to 10 % for built-in corpora, else
-            5 %.
+        fraction: Share of documents to hold out; the source has a default.
         tolerate: Share of records that may be invalid; they are kept in ``rejects.jsonl``.
-        cleaning: Which documents are dropped; default exact and near duplicates, contamination.
+        cleaning: Which documents are dropped.
 
     Raises:
         DataError: The corpus cannot be read, has too many invalid records, is empty, or its name is

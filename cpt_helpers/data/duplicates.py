@@ -22,12 +22,7 @@ Dropped = dict[int, tuple[str, int]]  # by document: the reason, and the documen
 
 
 def find(parts: list[Part], cleaning: Cleaning) -> Dropped:
-    """Finds the documents to drop because they repeat another one.
-
-    Args:
-        parts: All parts of the corpus, in order. Documents are numbered across all parts.
-        cleaning: Which duplicates to look for.
-    """
+    """Finds the documents to drop; they are numbered across all parts, in order."""
     import numpy as np
 
     dropped: Dropped = {}
@@ -75,11 +70,7 @@ def _drop_repeated(
 ) -> None:
     """Drops the documents of a bucket that repeat an earlier one of it.
 
-    Args:
-        bucket: Documents of one half with the same key.
-        dropped: The documents dropped so far; extended.
-        reason: Why these are dropped.
-        similar: Compares two documents; without it, the same key means the same text.
+    All are of one half. Without ``similar``, the same key means the same text.
     """
     kept: list[int] = []
     for document in bucket:
@@ -104,13 +95,6 @@ def _drop_contaminated(
 
     Every pair is compared. An index counts the shingles that a document shares with a thousand
     others at once, in a millisecond; a comparison of each pair takes 50.
-
-    Args:
-        trained: Training documents with the same key.
-        held: Held-out documents with that key.
-        dropped: The documents dropped so far; extended.
-        shingles_of: Returns a document's shingles.
-        threshold: The smallest Jaccard similarity of similar documents.
     """
     import numpy as np
 
@@ -143,13 +127,8 @@ def _keys(parts: list[Part], column: int) -> Any:
     import numpy as np
 
     columns = [
-        np.fromfile(
-            f"{part.path}.keys",
-            dtype=np.uint64,
-            count=part.documents,
-            offset=8 * column * part.documents,
-        )
-        for part in parts
+        np.fromfile(f"{p.path}.keys", np.uint64, p.documents, offset=8 * column * p.documents)
+        for p in parts
     ]
     return np.concatenate(columns) if columns else np.zeros(0, np.uint64)
 

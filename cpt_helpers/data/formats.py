@@ -30,21 +30,13 @@ _DAMAGED = (gzip.BadGzipFile, lzma.LZMAError, zlib.error)
 
 @dataclass(frozen=True)
 class Record:
-    """One record of a source: a document, or the reason why it is invalid.
+    """One record of a source: a document, or the reason why it is invalid."""
 
-    Attributes:
-        where: ``file:line`` or ``file``.
-        line: A line of JSON that is not parsed yet, else ``None``.
-        text: A text that needs no parsing.
-        problem: Why the record is invalid.
-        damaged: The rest of the file cannot be read. ``TOLERATE`` does not allow this.
-    """
-
-    where: str
-    line: bytes | None = None
-    text: str | None = None
-    problem: str = ""
-    damaged: bool = False
+    where: str  # ``file:line`` or ``file``
+    line: bytes | None = None  # a line of JSON that is not parsed yet
+    text: str | None = None  # a text that needs no parsing
+    problem: str = ""  # why the record is invalid
+    damaged: bool = False  # the rest of the file cannot be read; TOLERATE does not allow this
 
 
 def format_of(name: str) -> str:
@@ -55,21 +47,14 @@ def format_of(name: str) -> str:
 
 
 def read_file(filesystem: Any, path: str, column: str, pattern: str, web: bool) -> Iterator[Record]:
-    """Streams the records of one file.
-
-    Args:
-        filesystem: The ``fsspec`` file system.
-        path: The file on it.
-        column: The field that holds the text.
-        pattern: The source as the user wrote it, for messages.
-        web: Whether it is read from a web server, which may not support ranges.
+    """Streams the records of one file; messages name ``pattern``, the source as the user wrote it.
 
     Raises:
         DataError: The file is missing or cannot be read, or has no such column.
     """
     plain = path.split("?")[0]  # a query may hold a signature
     name, suffix = PurePosixPath(plain).name, format_of(plain) or ".jsonl"
-    options = {"block_size": 0} if web and suffix != ".parquet" else {}
+    options = {"block_size": 0} if web and suffix != ".parquet" else {}  # servers without ranges
     try:
         with filesystem.open(path, "rb", **options) as packed:
             if suffix == ".parquet":
@@ -89,11 +74,8 @@ def read_file(filesystem: Any, path: str, column: str, pattern: str, web: bool) 
     except FileNotFoundError as error:
         raise missing(pattern, error) from None
     except PermissionError as error:
-        raise DataError(
-            f"there is no permission to read the file: {error.strerror}",
-            where=path,
-            do="change its permissions",
-        ) from None
+        problem = f"there is no permission to read the file: {error.strerror}"
+        raise DataError(problem, where=path, do="change its permissions") from None
     except Exception as error:  # each object storage has errors of its own
         if isinstance(error, EOFError) or "Truncated compressed stream" in str(error):
             problem = f"the compressed file ends in the middle ({error})"

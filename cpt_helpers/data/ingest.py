@@ -25,20 +25,12 @@ _CHUNK, _RECORDS = 4_000_000, 10_000  # characters, and records, that a process 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a source is read.
+    """How a source is read."""
 
-    Attributes:
-        column: The field that holds the text.
-        fraction: The share of documents to hold out.
-        tolerate: The share of records that may be invalid.
-        max_samples: The largest number of records, over all shards; ``None`` for all.
-        cleaning: Which documents are dropped.
-    """
-
-    column: str
-    fraction: float
-    tolerate: float
-    max_samples: int | None
+    column: str  # the field that holds the text
+    fraction: float  # of documents to hold out
+    tolerate: float  # the share of records that may be invalid
+    max_samples: int | None  # the largest number of records, over all shards
     cleaning: Cleaning
 
     def __post_init__(self) -> None:

@@ -23,53 +23,33 @@ from .corpora import Corpus
 from .packing import FORMAT, Blocks, digest_of, tokenise
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from pandas import DataFrame
     from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """What one corpus gives to a mix.
-
-    Attributes:
-        name: The corpus.
-        share: The share of tokens asked for.
-        blocks: Blocks drawn.
-        tokens: Tokens drawn.
-        documents: Documents drawn, estimated from the blocks.
-        epochs: How often the corpus is seen.
-        dropped: Its tokens that fill no block.
-    """
+    """What one corpus gives to a mix."""
 
     name: str
-    share: float
+    share: float  # of tokens, as asked for
     blocks: int
     tokens: int
-    documents: int
-    epochs: float
-    dropped: int
+    documents: int  # estimated from the blocks
+    epochs: float  # how often the corpus is seen
+    dropped: int  # its tokens that fill no block
 
 
 @dataclass(frozen=True)
 class Mix:
-    """The blocks that the workers train on and evaluate.
+    """The blocks that the workers train on and evaluate."""
 
-    Attributes:
-        path: The recipe's ``tokenized_path``.
-        block_size: Tokens per block.
-        blocks: Blocks to train on.
-        drawn: What each corpus gives.
-        held_out: Held-out blocks by dataset.
-        sources: The training half of each corpus, of which the blocks are drawn.
-    """
-
-    path: Path
-    block_size: int
-    blocks: int
+    path: Path  # the recipe's ``tokenized_path``
+    block_size: int  # tokens per block
+    blocks: int  # to train on
     drawn: list[Drawn]
-    held_out: dict[str, int]
-    sources: list[Blocks] = field(repr=False, compare=False)
+    held_out: dict[str, int]  # blocks by dataset
+    sources: list[Blocks] = field(repr=False, compare=False)  # of which the blocks are drawn
 
     def as_dict(self) -> dict[str, Any]:
         """What a run's results keep of it."""
@@ -85,47 +65,29 @@ class Mix:
 
     def tokens(self) -> DataFrame:
         """The tokens and full blocks of each corpus."""
-        columns = ["name", "documents", "tokens", "blocks", "dropped"]
-        return _table(self.sources, columns).rename(columns={"dropped": "tokens dropped"})
+        import pandas as pd
+
+        table = pd.DataFrame(map(asdict, self.sources)).rename(columns={"dropped": "left over"})
+        return table.set_index("name")[["documents", "tokens", "blocks", "left over"]]
 
     def shares(self) -> DataFrame:
         """What was drawn of each corpus."""
-        columns = ["name", "share", "blocks", "tokens", "documents", "epochs"]
-        return _table(self.drawn, columns).assign(share=[f"{d.share:.1%}" for d in self.drawn])
+        import pandas as pd
 
-    def plot_document_lengths(self) -> Figure:
-        """The distribution of document lengths in each corpus."""
-        import matplotlib.pyplot as plt
-
-        figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
-        for source in self.sources:
-            shares = [count / source.documents for count in source.histogram.values()]
-            axes.plot(list(source.histogram), shares, "o-", label=source.name)
-        axes.set(xlabel="largest number of tokens in a document", ylabel="share of documents")
-        axes.legend(frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
-        return figure
+        table = pd.DataFrame(map(asdict, self.drawn)).set_index("name").drop(columns="dropped")
+        return table.assign(share=table["share"].map("{:.1%}".format))
 
 
 @dataclass(frozen=True, repr=False)
 class TrainingData:
-    """The corpora of a recipe, read and cleaned. A notebook shows it as a table.
+    """The corpora of a recipe, read and cleaned. A notebook shows it as a table."""
 
-    Attributes:
-        recipe: LLaMA-Factory's keys, with the overrides.
-        model: The model folder or name, whose tokenizer makes the blocks.
-        corpora: Each corpus to train on, by its source; the first one is the domain.
-        weights: Each source's share of the tokens.
-        general: The corpus of general text, which is evaluated too.
-        epochs: How often a source may be seen, if several are mixed.
-    """
-
-    recipe: Recipe
-    model: str
-    corpora: dict[str, Corpus]
-    weights: dict[str, float]
-    general: Corpus
-    epochs: float
+    recipe: Recipe  # with the overrides
+    model: str  # its folder or name; its tokenizer makes the blocks
+    corpora: dict[str, Corpus]  # by source; the first one is the domain
+    weights: dict[str, float]  # each source's share of the tokens
+    general: Corpus  # general text, which is evaluated too
+    epochs: float  # how often a source may be seen, if several are mixed
 
     def __repr__(self) -> str:
         return self.summary().to_string()
@@ -214,18 +176,8 @@ def prepare(
 ) -> TrainingData:
     """Reads and cleans the corpora of a recipe.
 
-    Args:
-        train_config: The recipe.
-        overrides: LLaMA-Factory keys to set; ``None`` removes a key.
-        storage: Where corpora are kept.
-        corpus: A source, or several with weights; by default the recipe's ``dataset``.
-        replay: Sources to mix in, and their shares of all tokens.
-        epochs: How often a source may be seen, if several are mixed.
-        column: The field that holds the text.
-        max_samples: The largest number of records per source; 0 means the recipe's
-            ``max_samples``, or all.
-        tolerate: The share of records that may be invalid.
-        clean: Settings of :class:`Cleaning` that differ from its defaults.
+    The arguments are the parameters of notebook 02, which explains them. By default the corpus and
+    the largest number of samples are the recipe's.
 
     Raises:
         ConfigError: The recipe does not exist, or names no dataset.
@@ -249,10 +201,6 @@ def prepare(
 
 def weights(corpus: str | dict[str, float], replay: dict[str, float]) -> dict[str, float]:
     """Each source's share of the tokens: the corpus is scaled down to make room for the replay.
-
-    Args:
-        corpus: One source, or several with weights.
-        replay: Sources and their shares of all tokens, such as ``{"news": 0.05}``.
 
     Raises:
         DataError: A weight is not a positive number, or the replay takes all tokens.
@@ -298,12 +246,8 @@ def for_recipe(
     ``epochs`` times. Such replay of general text keeps what a model knew (Ibrahim et al. 2024,
     arXiv 2403.08763).
 
-    Args:
-        recipe: Gives the block size, the seed, the steps, and whether held-out text is evaluated.
-        sources: Each corpus and its weight; the weights are scaled to add up to one.
-        held_out: Corpora whose held-out halves are evaluated.
-        tokenizer: The model's.
-        epochs: How often a source may be seen.
+    The recipe gives the block size, the seed, the steps, and whether held-out text is evaluated.
+    The weights of the sources are scaled to add up to one.
 
     Raises:
         DataError: A half fills no block, or a source has too little text for its share.
@@ -318,12 +262,8 @@ def for_recipe(
     total = needed if needed and len(sources) > 1 else int(parts[0].blocks * epochs / shares[0])
     counts = _round_shares(shares, total)
     drawn = [_draw(*draw, total, epochs) for draw in zip(parts, shares, counts, strict=True)]
-    key: list[Any] = [
-        FORMAT,
-        seed,
-        [[p.folder.name, d.blocks] for p, d in zip(parts, drawn, strict=True)],
-    ]
-    key.append([part.folder.name for part in held])
+    pairs = [(part.folder.name, d.blocks) for part, d in zip(parts, drawn, strict=True)]
+    key = [FORMAT, seed, pairs, [part.folder.name for part in held]]
     name = "+".join(part.name for part in parts)
     folder = parts[0].folder.parent / f"mix-{name[:60]}-{digest_of(key)}"
     mix = Mix(folder, size, total, drawn, {p.name: p.blocks for p in held}, parts)
@@ -391,9 +331,6 @@ def _save(mix: Mix, held: list[Blocks], seed: int) -> None:
     import numpy as np
     from datasets import Dataset, DatasetDict, concatenate_datasets, disable_progress_bars
 
-    def load(part: Blocks) -> Dataset:
-        return Dataset.from_file(str(part.folder / "blocks.arrow"))
-
     disable_progress_bars()
     trained = []
     for number, (part, source) in enumerate(zip(mix.sources, mix.drawn, strict=True)):
@@ -403,17 +340,10 @@ def _save(mix: Mix, held: list[Blocks], seed: int) -> None:
             for _ in range(math.ceil(source.blocks / max(part.blocks, 1)))
         ]
         rows = np.concatenate([*rounds, np.zeros(0, int)])[: source.blocks]
-        trained.append(load(part).select(rows))
+        trained.append(Dataset.from_file(part.file).select(rows))
     order = np.random.default_rng(seed).permutation(mix.blocks)
     halves = {"train": concatenate_datasets(trained).select(order)}
-    halves |= {f"validation_{part.name}": load(part) for part in held}
+    halves |= {f"validation_{part.name}": Dataset.from_file(part.file) for part in held}
     with in_one_piece(mix.path) as new:
         DatasetDict(halves).save_to_disk(new)
         write_json(new / "mix.json", mix.as_dict())
-
-
-def _table(rows: list[Any], columns: list[str]) -> DataFrame:
-    import pandas as pd
-
-    table = pd.DataFrame([{name: getattr(row, name) for name in columns} for row in rows])
-    return table.rename(columns={"name": "corpus"}).set_index("corpus")

@@ -31,6 +31,7 @@ from .corpora import Corpus, texts_of
 
 if TYPE_CHECKING:
     import numpy as np
+    from matplotlib.figure import Figure
     from transformers import PreTrainedTokenizerBase
 
 FORMAT = 2  # of blocks on the storage; blocks of another format are made again
@@ -39,17 +40,11 @@ _BATCH, _CHARACTERS = 512, 4_000_000  # documents, and characters, tokenised at 
 
 @dataclass(frozen=True)
 class Packed:
-    """Packed documents in memory.
+    """Packed documents in memory."""
 
-    Attributes:
-        blocks: Lists of ``block_size`` token ids.
-        lengths: Tokens of each document, its separator and its BOS included.
-        dropped: Tokens of the last block, which was not full.
-    """
-
-    blocks: list[list[int]]
-    lengths: list[int]
-    dropped: int
+    blocks: list[list[int]]  # token ids, ``block_size`` in each
+    lengths: list[int]  # tokens of each document, its separator and its BOS included
+    dropped: int  # tokens of the last block, which was not full
 
     def first_block(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """The text of the first block; empty if no block is full."""
@@ -58,27 +53,20 @@ class Packed:
 
 @dataclass(frozen=True)
 class Blocks:
-    """A half of a corpus as blocks on the storage.
+    """A half of a corpus as blocks on the storage."""
 
-    Attributes:
-        name: The dataset's name in the registry.
-        folder: Holds ``blocks.arrow``.
-        block_size: Tokens per block.
-        documents: Documents in the half.
-        tokens: Its tokens, with separators, and BOS of documents and blocks.
-        blocks: Full blocks.
-        dropped: Tokens at the end that fill no block.
-        histogram: Documents by length in tokens, in powers of two: ``{"64": 12, …}``.
-    """
-
-    name: str
+    name: str  # in the registry
     folder: Path
-    block_size: int
+    block_size: int  # tokens per block
     documents: int
-    tokens: int
-    blocks: int
-    dropped: int
-    histogram: dict[str, int] = field(repr=False)
+    tokens: int  # with separators, and BOS of documents and blocks
+    blocks: int  # full ones
+    dropped: int  # tokens at the end that fill no block
+    histogram: dict[str, int] = field(repr=False)  # documents by length in tokens, powers of two
+
+    @property
+    def file(self) -> str:
+        return str(self.folder / "blocks.arrow")
 
 
 class Packer:
@@ -156,10 +144,8 @@ def forced_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def pack(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, block_size: int) -> Packed:
     """Joins documents by the end-of-sequence token and cuts blocks, in memory.
 
-    Args:
-        texts: The documents.
-        tokenizer: The model's. If it forces BOS, each document and each block begins with BOS.
-        block_size: ``cutoff_len``, in tokens; two or more.
+    If the tokenizer forces BOS, each document and each block begins with BOS. ``block_size`` is the
+    recipe's ``cutoff_len``, two or more tokens.
     """
     packer = Packer(tokenizer, block_size)
     blocks = [block for array in packer.blocks(texts) for block in array.tolist()]
@@ -169,14 +155,7 @@ def pack(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, block_size: i
 def tokenise(
     corpus: Corpus, tokenizer: PreTrainedTokenizerBase, block_size: int, *, held_out: bool
 ) -> Blocks:
-    """Half a corpus as blocks on the storage, in ``tokenised/``; made once.
-
-    Args:
-        corpus: From :func:`corpora.prepare`.
-        tokenizer: The model's.
-        block_size: ``cutoff_len``, in tokens.
-        held_out: Which half.
-    """
+    """Half a corpus as blocks on the storage, in ``tokenised/``; made once."""
     name = corpus.name + (HELD_OUT if held_out else "")
     key = [FORMAT, corpus.sha256, corpus.fraction, held_out, block_size, fingerprint(tokenizer)]
     folder = corpus.folder.parent.parent / "tokenised" / f"{name}-{digest_of(key)}"
@@ -244,6 +223,20 @@ def write_arrow(path: Path, arrays: Iterator[np.ndarray]) -> int:
             writer.write_batch(pa.record_batch(columns, schema=schema))
             written += len(array)
     return written
+
+
+def plot_document_lengths(halves: Iterable[Blocks]) -> Figure:
+    """The distribution of document lengths in each corpus."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
+    for half in halves:
+        shares = [count / half.documents for count in half.histogram.values()]
+        axes.plot(list(half.histogram), shares, "o-", label=half.name)
+    axes.set(xlabel="largest number of tokens in a document", ylabel="share of documents")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
 
 
 def digest_of(values: list) -> str:

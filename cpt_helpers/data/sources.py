@@ -31,37 +31,22 @@ C4_URL = (  # the file of the guide "Continued Pre-Training (CPT) at scale with 
 
 @dataclass(frozen=True)
 class Shard:
-    """One part of a source. It is read by itself, and only again when it changes.
+    """One part of a source. It is read by itself, and only again when its mark changes."""
 
-    Attributes:
-        name: Its name in messages.
-        mark: Changes with its content, such as the size and time of a file, or the release of a
-            package. Empty where nothing shows a change.
-        read: Returns its records.
-    """
-
-    name: str
-    mark: str
+    name: str  # in messages
+    mark: str  # such as a file's size and time, or a package's release; empty if there is none
     read: Callable[[], Iterable[Record]]
 
 
 @dataclass(frozen=True)
 class Source:
-    """A corpus to read.
+    """A corpus to read."""
 
-    Attributes:
-        name: The corpus's name in the registry.
-        given: The source as the user wrote it.
-        shards: Its parts, in order.
-        fraction: The default share of documents to hold out.
-        column: The field that holds the text, where it is known.
-    """
-
-    name: str
-    given: str
+    name: str  # in the registry
+    given: str  # as the user wrote it
     shards: list[Shard]
-    fraction: float
-    column: str | None = None
+    fraction: float  # the default share of documents to hold out
+    column: str | None = None  # the field that holds the text, where it is known
 
     @property
     def mark(self) -> str:
@@ -195,27 +180,13 @@ def _hugging_face(corpus: str, column: str, max_samples: int | None) -> Source:
 def _files(pattern: str, column: str) -> list[Shard]:
     """Every file of a path, folder, glob or URL, in the order of their names."""
     import fsspec
-    from fsspec.implementations.local import LocalFileSystem
 
     path = pattern if "://" in pattern else str(Path(pattern).expanduser().absolute())
     web = pattern.startswith(("http://", "https://"))
     try:
         fs, root = fsspec.core.url_to_fs(path, **(_web_options() if web else {}))
-        local = isinstance(fs, LocalFileSystem)  # also by file://
         fs.invalidate_cache()  # a file may have been fixed a moment ago
-        is_glob = any(mark in root for mark in "*[") or (not web and "?" in root)
-        if is_glob and not (local and Path(root).exists()):
-            if local:
-                _require_readable(Path(root.split("*")[0].split("[")[0]).parent, pattern)
-            names = [name for name in fs.glob(root) if formats.format_of(name)]
-        elif not web and fs.isdir(root):
-            if local:
-                _require_readable(Path(root), pattern)
-            names = [name for name in fs.find(root) if formats.format_of(name)]
-        else:
-            names = [root]
-        if local:
-            _require_regular(names, pattern)
+        names = _list(fs, root, pattern, web)
         details = {} if web else {name: fs.info(name) for name in names}
     except ImportError as error:
         raise DataError(
@@ -245,6 +216,25 @@ def _files(pattern: str, column: str) -> list[Shard]:
         )
         for name in sorted(names)
     ]
+
+
+def _list(fs: Any, root: str, pattern: str, web: bool) -> list[str]:
+    from fsspec.implementations.local import LocalFileSystem
+
+    local = isinstance(fs, LocalFileSystem)  # also by file://
+    names = [root]
+    is_glob = any(mark in root for mark in "*[") or (not web and "?" in root)
+    if is_glob and not (local and Path(root).exists()):
+        if local:
+            _require_readable(Path(root.split("*")[0].split("[")[0]).parent, pattern)
+        names = [name for name in fs.glob(root) if formats.format_of(name)]
+    elif not web and fs.isdir(root):
+        if local:
+            _require_readable(Path(root), pattern)
+        names = [name for name in fs.find(root) if formats.format_of(name)]
+    if local:
+        _require_regular(names, pattern)
+    return names
 
 
 def _web_options() -> dict[str, Any]:
