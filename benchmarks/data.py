@@ -1,8 +1,8 @@
-"""Does cleaning find what was planted, and do memory and time stay in bounds? ``make bench-data``.
+"""Measures the duplicates that cleaning finds, its memory and its time. ``make bench-data``.
 
-Makes corpora of 10 MB, 100 MB and 1 GB out of real sentences (docstrings of the installed packages,
-and news), plants exact and near duplicates and broken lines among them, and prepares each in a
-process of its own. Writes ``benchmarks/results/corpora.json``.
+Makes corpora of 10 MB, 100 MB and 1 GB from real sentences (docstrings of installed packages, and
+news). Plants exact and near duplicates and broken lines in them. Prepares each corpus in its own
+process. Writes ``benchmarks/results/data.json``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def sentences() -> list[str]:
 
 
 def make(path: Path, megabytes: float, pool: list[str], seed: int) -> dict[str, Any]:
-    """Writes a corpus; returns what was planted, near duplicates with what they are like."""
+    """Writes a corpus; returns the counts of planted lines, and the pairs of near duplicates."""
     from cpt_helpers.data.cleaning import shingles
 
     rng = random.Random(seed)
@@ -74,7 +74,7 @@ def make(path: Path, megabytes: float, pool: list[str], seed: int) -> dict[str, 
 
 
 def measured(work: Path, corpus: Path) -> dict[str, Any]:
-    """Prepares a corpus in a process of its own; its seconds and the peak memory of all of it."""
+    """Prepares a corpus in its own process; returns the seconds and the peak memory of all."""
     import psutil
 
     code = (
@@ -100,7 +100,7 @@ def measured(work: Path, corpus: Path) -> dict[str, Any]:
 
 
 def found(work: Path, name: str, planted: dict[str, Any]) -> dict[str, Any]:
-    """What of the planted was found, and how many clean documents went with it."""
+    """How many planted lines were found, and how many clean documents were dropped."""
     from cpt_helpers.data import corpora
 
     corpus = corpora.load(name, work / "storage")
@@ -125,7 +125,7 @@ def found(work: Path, name: str, planted: dict[str, Any]) -> dict[str, Any]:
 
 
 def tokenising(work: Path, name: str, model: str, repeats: int = 3) -> dict[str, Any]:
-    """Tokens a second onto the storage, beside what `tokenizers` alone does on the same text."""
+    """Tokens per second onto the storage, and of `tokenizers` alone on the same text."""
     from cpt_helpers.data import corpora, packing
     from cpt_helpers.setup import assets
 
@@ -133,14 +133,14 @@ def tokenising(work: Path, name: str, model: str, repeats: int = 3) -> dict[str,
     tokenizer = assets.tokenizer_of(model)
     texts = list(corpora.texts_of(corpus.train))[:40_000]
     alone, ours = [], []
-    for number in range(repeats):  # turn by turn, so that drift falls on both
+    for number in range(repeats):  # in turns, so that drift affects both
         since = time.monotonic()
         encode = tokenizer._tokenizer.encode_batch_fast
         tokens = sum(len(e.ids) for e in encode(texts, add_special_tokens=False))
         alone.append(tokens / (time.monotonic() - since))
-        packer = packing._Packer(tokenizer, 256)
+        packer = packing.Packer(tokenizer, 256)
         since = time.monotonic()
-        packing._arrow(work / f"{number}.arrow", packer.blocks(texts))
+        packing.write_arrow(work / f"{number}.arrow", packer.blocks(texts))
         ours.append((packer.tokens - len(texts)) / (time.monotonic() - since))
     rate, reference = statistics.median(ours), statistics.median(alone)
     return {

@@ -10,9 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import display, recipes
+from . import data, display, recipes
 from .config import dry_run, planning, resolution
-from .data import preparation
 from .errors import ParameterError, RunExistsError, StepError
 from .notebook import as_overrides, defining_parameters, refuse_other_settings
 from .recipes import DEFAULT_RECIPE
@@ -117,7 +116,7 @@ def configure(run: Run, train_config: str, corpus: str, overrides: dict[str, Any
     """
     resolution.check_keys(train_config, overrides)
     model = assets.fetch_model(recipes.model_of(train_config, overrides, run.storage), run.storage)
-    chosen = preparation.prepare(train_config, overrides, run.storage, corpus=corpus)
+    chosen = data.prepare(train_config, overrides, run.storage, corpus=corpus)
     made = chosen.blocks(assets.tokenizer_of(model))
     resolved = resolution.resolve(run, train_config, overrides, chosen.datasets, str(made.path))
     planning.plan(resolved.args, made.blocks, sum(source.dropped for source in made.drawn))

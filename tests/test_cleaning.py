@@ -11,9 +11,10 @@ import pytest
 from bpe import forcing_bos
 from conftest import write_jsonl
 
-from cpt_helpers.data import cleaning, corpora, duplicates, ingest, mixing, packing, registry
-from cpt_helpers.data.cleaning import Cleaning, failed, shingles
+from cpt_helpers.data import corpora, duplicates, ingest, mixing, packing
+from cpt_helpers.data.cleaning import Cleaning, failed_filter, is_held_out, shingles
 from cpt_helpers.errors import DataError, ParameterError
+from cpt_helpers.recipes import Recipe
 from cpt_helpers.setup import assets
 
 
@@ -43,11 +44,11 @@ def planted(documents: list[str], tmp_path_factory) -> tuple[Path, dict[str, set
     return path, {"clean": set(long), "near": copies, "exact": set(exact)}
 
 
-def test_planted_duplicates_are_found_and_clean_documents_kept(planted, tmp_path: Path) -> None:
+def test_planted_duplicates_are_found_and_others_are_kept(planted, tmp_path: Path) -> None:
     path, known = planted
     found = corpora.prepare(str(path), tmp_path, fraction=0.2)
     kept = [*corpora.texts_of(found.train), *corpora.texts_of(found.heldout)]
-    assert len(kept) == len(set(kept)), "an exact one was left"
+    assert len(kept) == len(set(kept)), "an exact duplicate was kept"
     both = [
         n for n in known["near"] if n in kept and any(alike(n, k) >= 0.8 for k in kept if k != n)
     ]
@@ -55,8 +56,8 @@ def test_planted_duplicates_are_found_and_clean_documents_kept(planted, tmp_path
     assert len(known["near"]) >= 40
 
 
-def test_families_across_the_halves(documents, tmp_path: Path) -> None:
-    """Not only pairs: of several alike, in any order, none is trained on beside a held-out one."""
+def test_no_near_duplicate_of_a_held_out_document_is_trained_on(documents, tmp_path: Path) -> None:
+    """Groups of five near duplicates, in any order."""
     rng = random.Random(3)
     long = list(dict.fromkeys(d for d in documents if len(d.split()) > 150))[:25]
     family = [near(d, rng, 0.004) for d in long for _ in range(5)]
@@ -74,8 +75,8 @@ def alike(one: str, other: str) -> float:
     return len(a & b) / len(a | b)
 
 
-def test_held_out_and_training_share_nothing_nearly_the_same(planted, tmp_path: Path) -> None:
-    """Near duplicates across the halves: the training one goes, the held-out one stays."""
+def test_contamination_drops_the_training_document(planted, tmp_path: Path) -> None:
+    """Of near duplicates across the halves, the held-out document is kept."""
     path, _ = planted
     dirty = corpora.prepare(
         str(path), tmp_path / "a", fraction=0.3, cleaning=Cleaning(False, 0, False)
@@ -86,14 +87,14 @@ def test_held_out_and_training_share_nothing_nearly_the_same(planted, tmp_path: 
         for t in corpora.texts_of(dirty.train)
         if alike(t, h) >= 0.8
     ]
-    assert len(crossed) > 5, "none was planted across"
+    assert len(crossed) > 5, "no pair was planted across the halves"
     only = Cleaning(exact=False, near=0, contamination=True)
     clean = corpora.prepare(str(path), tmp_path / "b", fraction=0.3, cleaning=only)
     held, trained = list(corpora.texts_of(clean.heldout)), list(corpora.texts_of(clean.train))
     assert {h for _, h in crossed} <= set(held)
     assert not [1 for h in held for t in trained if alike(t, h) >= 0.8]
     reasons = set(clean.dropped)
-    assert reasons == {"nearly the same text is held out"}
+    assert reasons == {"a near duplicate of a held-out document"}
     lines = [json.loads(x) for x in (clean.folder / "dropped.jsonl").read_text().splitlines()]
     assert len(lines) == sum(clean.dropped.values()) and all("like" in x for x in lines)
 
@@ -102,18 +103,18 @@ def test_held_out_and_training_share_nothing_nearly_the_same(planted, tmp_path: 
 def test_every_held_out_document_of_a_large_bucket_is_compared(
     cleaning: Cleaning, tmp_path: Path
 ) -> None:
-    """600 texts share a long passage, too little to be alike; 40 more nearly equal a held-out one.
+    """600 texts share a long passage and are not similar; 40 more are similar to a held-out text.
 
-    Most buckets that such a pair shares are those of the passage, with a hundred held-out texts.
+    Such a pair shares most of its buckets with a hundred held-out texts, through the passage.
     """
     passage = [f"p{i}" for i in range(86)]
     own = [[f"d{n}x{i}" for i in range(16)] for n in range(600)]
     texts = [" ".join(passage + words) for words in own]
-    held = [n for n, text in enumerate(texts) if corpora.is_held_out(text, 0.5)]
+    held = [n for n, text in enumerate(texts) if is_held_out(text, 0.5)]
     copies = []
     for n in held[:80]:  # two of the held-out text's own words make 0.754 of 0.724
         copy = " ".join([*passage, *own[n][:2], *(f"c{n}x{i}" for i in range(14))])
-        if not corpora.is_held_out(copy, 0.5):
+        if not is_held_out(copy, 0.5):
             copies.append((copy, texts[n]))
     assert len(copies) >= 30 and all(0.75 <= alike(*pair) < 0.76 for pair in copies)
     assert alike(texts[0], texts[1]) < 0.73
@@ -130,15 +131,15 @@ def test_more_held_out_documents_than_are_indexed_at_once(tmp_path: Path, monkey
     test_every_held_out_document_of_a_large_bucket_is_compared(Cleaning(near=0), tmp_path)
 
 
-def test_each_filter_is_a_switch() -> None:
+def test_every_quality_filter() -> None:
     prose = "The wind and the sun had a quarrel about who was the stronger of the two. " * 1
     prose += " ".join(
         f"They came to {w} with it and that was to be seen by all." for w in "abcdefgh"
     )
-    assert failed(prose, Cleaning(quality=True)) == ""
-    assert "shorter than 2,000" in failed(prose, Cleaning(min_characters=2000))
-    assert "longer than 10" in failed(prose, Cleaning(max_characters=10))
-    assert failed("x", Cleaning()) == ""
+    assert failed_filter(prose, Cleaning(quality=True)) == ""
+    assert "shorter than 2,000" in failed_filter(prose, Cleaning(min_characters=2000))
+    assert "longer than 10" in failed_filter(prose, Cleaning(max_characters=10))
+    assert failed_filter("x", Cleaning()) == ""
     for text, reason in [
         ("too short", "fewer than 50"),
         ("a b " * 60, "words of fewer than 3"),
@@ -149,14 +150,14 @@ def test_each_filter_is_a_switch() -> None:
             "ellipsis",
         ),
         ("1234 5678 91011 words the and of " * 20, "no letter"),
-        ("palavras sempre outras coisas " * 20, "commonest words"),
+        ("palavras sempre outras coisas " * 20, "most common words"),
         (
             "\n".join(["the same line of words and that again and again to be"] * 20),
             "repeated lines",
         ),
         (prose + " Lorem ipsum dolor", "lorem ipsum"),
     ]:
-        assert reason in failed(text, Cleaning(quality=True)), (text[:40], reason)
+        assert reason in failed_filter(text, Cleaning(quality=True)), (text[:40], reason)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +165,7 @@ def tokenizer(tiny_gemma3: Path):
     return assets.tokenizer_of(str(tiny_gemma3))
 
 
-def test_packing_joins_by_the_separator_and_loses_nothing(tokenizer, documents) -> None:
+def test_packing_joins_by_the_separator_and_drops_no_token(tokenizer, documents) -> None:
     packed = packing.pack(documents * 4, tokenizer, 64)  # more than the 1,000 of a map batch
     assert len(packed.blocks) * 64 + packed.dropped == sum(packed.lengths)
     assert packed.dropped < 64
@@ -173,7 +174,7 @@ def test_packing_joins_by_the_separator_and_loses_nothing(tokenizer, documents) 
     assert joined.split("<eos>")[:-1] == (documents * 4)[: joined.count("<eos>")]
 
 
-def test_what_was_left_in_a_tokenizer_cuts_nothing(tiny_gemma3: Path) -> None:
+def test_truncation_set_in_a_tokenizer_is_ignored(tiny_gemma3: Path) -> None:
     tokenizer = assets.tokenizer_of(str(tiny_gemma3))
     plain = packing.fingerprint(tokenizer)
     whole = packing.pack(["a long text of many words " * 20], tokenizer, 8).lengths
@@ -182,7 +183,7 @@ def test_what_was_left_in_a_tokenizer_cuts_nothing(tiny_gemma3: Path) -> None:
     assert packing.fingerprint(tokenizer) == plain
 
 
-def test_it_is_what_llamafactory_makes_of_a_thousand(tokenizer, documents) -> None:
+def test_blocks_equal_those_of_llamafactory(tokenizer, documents) -> None:
     from llamafactory.data.processor import PretrainDatasetProcessor
     from llamafactory.hparams import DataArguments
 
@@ -201,11 +202,13 @@ def two(corpus: Path, tmp_path_factory) -> tuple[corpora.Corpus, corpora.Corpus]
     return corpora.prepare(str(corpus), storage), corpora.prepare("news", storage)
 
 
-def test_tokenised_once_and_anew_when_anything_changes(two, tokenizer, monkeypatch) -> None:
+def test_blocks_are_made_once_per_corpus_tokenizer_and_block_size(
+    two, tokenizer, monkeypatch
+) -> None:
     domain, _ = two
     made: list[int] = []
-    real = packing._arrow
-    monkeypatch.setattr(packing, "_arrow", lambda *a: made.append(1) or real(*a))
+    real = packing.write_arrow
+    monkeypatch.setattr(packing, "write_arrow", lambda *a: made.append(1) or real(*a))
     first = packing.tokenise(domain, tokenizer, 64, held_out=False)
     assert first.blocks * 64 + first.dropped == first.tokens and first.dropped < 64
     assert sum(first.histogram.values()) == first.documents == domain.documents
@@ -218,11 +221,12 @@ def test_tokenised_once_and_anew_when_anything_changes(two, tokenizer, monkeypat
     assert len({first.folder, other.folder, third.folder}) == len(made) == 3
 
 
-def test_a_mix_is_drawn_in_its_shares_without_repetition(two, tokenizer) -> None:
+def test_mix_has_its_shares_and_no_repetition(two, tokenizer) -> None:
     from datasets import load_from_disk
 
     domain, news = two
-    mix = mixing.mix([(domain, 0.75), (news, 0.25)], [domain, news], tokenizer, 64, blocks=100)
+    recipe = Recipe(cutoff_len=64, eval_on_start=True, max_steps=100, per_device_train_batch_size=1)
+    mix = mixing.for_recipe(recipe, [(domain, 0.75), (news, 0.25)], [domain, news], tokenizer)
     assert [d.blocks for d in mix.drawn] == [75, 25] and mix.blocks == 100
     rows = load_from_disk(str(mix.path))
     assert set(rows) == {"train", "validation_handbook_heldout", "validation_news_heldout"}
@@ -231,12 +235,15 @@ def test_a_mix_is_drawn_in_its_shares_without_repetition(two, tokenizer) -> None
     theirs = {tuple(b) for b in packing.pack(corpora.texts_of(news.train), tokenizer, 64).blocks}
     assert sum(b in theirs for b in blocks) == 25
     assert len(rows["validation_news_heldout"]) == mix.held_out["news_heldout"]
-    again = mixing.mix([(domain, 3), (news, 1)], [domain, news], tokenizer, 64, blocks=100)
+    again = mixing.for_recipe(recipe, [(domain, 3), (news, 1)], [domain, news], tokenizer)
     assert again.path == mix.path
-    other = mixing.mix([(domain, 3), (news, 1)], [domain, news], tokenizer, 64, blocks=100, seed=1)
+    other = mixing.for_recipe(
+        recipe | {"seed": 1}, [(domain, 3), (news, 1)], [domain, news], tokenizer
+    )
     assert [tuple(r) for r in load_from_disk(str(other.path))["train"]["input_ids"]] != blocks
     with pytest.raises(DataError, match=r"too small for 75\.0%(?s:.*)a share of at most"):
-        mixing.mix([(domain, 3), (news, 1)], [news], tokenizer, 64, blocks=100_000, epochs=20)
+        long = recipe | {"max_steps": 100_000}
+        mixing.for_recipe(long, [(domain, 3), (news, 1)], [news], tokenizer, epochs=20)
 
 
 def test_weights_and_replay() -> None:
@@ -244,39 +251,39 @@ def test_weights_and_replay() -> None:
     assert mixing.weights({"a": 3, "b": 1}, {"news": 0.2}) == pytest.approx(
         {"a": 0.6, "b": 0.2, "news": 0.2}
     )
-    with pytest.raises(DataError, match="leave something to the domain"):
+    with pytest.raises(DataError, match="shares that add up to less than 1"):
         mixing.weights("a", {"b": 0.6, "c": 0.5})
     with pytest.raises(DataError, match="'b' has the weight 0"):
         mixing.weights("a", {"b": 0})
-    with pytest.raises(DataError, match="both the corpus and replayed"):
+    with pytest.raises(DataError, match="both CORPUS and REPLAY"):
         mixing.weights({"a": 1, "news": 1}, {"news": 0.1})
 
 
-def test_switches_are_known_by_name() -> None:
-    assert cleaning.chosen({"near": 0, "quality": True}).quality
-    with pytest.raises(ParameterError, match=r"no switch 'nere'(?s:.*)nearest known: near"):
-        cleaning.chosen({"nere": 1})
+def test_unknown_settings_of_clean_are_refused() -> None:
+    assert Cleaning.from_settings({"near": 0, "quality": True}).quality
+    with pytest.raises(ParameterError, match=r"no setting 'nere'(?s:.*)nearest known: near"):
+        Cleaning.from_settings({"nere": 1})
     with pytest.raises(ParameterError, match="exact is 'yes'"):
-        cleaning.chosen({"exact": "yes"})
+        Cleaning.from_settings({"exact": "yes"})
 
 
 def _register(path: str, number: int) -> None:
     for i in range(20):
-        registry.register(Path(path), {f"d{number}_{i}": {"file_name": "x.jsonl"}})
+        corpora.register(Path(path), {f"d{number}_{i}": {"file_name": "x.jsonl"}})
 
 
 def test_two_processes_register_at_once(tmp_path: Path) -> None:
-    path = tmp_path / registry.REGISTRY
+    path = tmp_path / corpora.REGISTRY
     context = multiprocessing.get_context("spawn")
     both = [context.Process(target=_register, args=(str(path), n)) for n in range(2)]
     for process in both:
         process.start()
     for process in both:
         process.join()
-    assert len(registry.read_registry(path)) == 40
+    assert len(corpora.read_registry(path)) == 40
 
 
-def test_a_large_corpus_is_read_by_processes_as_by_one(
+def test_several_processes_read_the_same_corpus_as_one(
     documents, tmp_path: Path, monkeypatch
 ) -> None:
     path = tmp_path / "big.jsonl"

@@ -1,4 +1,4 @@
-"""Corpora: what is refused and how, the split, the registry, and what packing makes of them."""
+"""Corpora: invalid records, held-out halves, names and the registry."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cpt_helpers.data import corpora, registry
+from cpt_helpers.data import corpora
 from cpt_helpers.errors import AssetError, DataError
 
 GOOD = b'{"text": "a document"}'
@@ -26,7 +26,7 @@ def write(path: Path, *lines: bytes) -> Path:
         (b'{"text": "cut', "not JSON"),
         (b"no json at all", "not JSON"),
         (b'{"content": "x"}', "no `text` (its keys: content)"),
-        (b'["x"]', "no `text` (no object)"),
+        (b'["x"]', "no `text` (not an object)"),
         (b'{"text": ""}', "`text` is empty"),
         (b'{"text": "  \\n "}', "`text` is empty"),
         (b'{"text": 7}', "`text` is int, not a string"),
@@ -38,23 +38,25 @@ def write(path: Path, *lines: bytes) -> Path:
         (b'{"text": "' + b"x" * 10_000_001 + b'"}', "longer than 10,000,000 bytes (10,000,014)"),
     ],
 )
-def test_a_bad_line_is_named_by_its_number(tmp_path: Path, line: bytes, problem: str) -> None:
+def test_error_names_the_number_of_an_invalid_line(
+    tmp_path: Path, line: bytes, problem: str
+) -> None:
     path = write(tmp_path / "c.jsonl", GOOD, GOOD, line, GOOD)
     with pytest.raises(DataError) as refused:
         corpora.prepare(str(path), tmp_path)
     assert f"c.jsonl:3: {problem}" in str(refused.value)
-    assert "1 of 4 records" in str(refused.value)
-    assert not (tmp_path / "corpora" / "c").exists() and not (tmp_path / registry.REGISTRY).exists()
+    assert "1 of 4 records are invalid" in str(refused.value)
+    assert not (tmp_path / "corpora" / "c").exists() and not (tmp_path / corpora.REGISTRY).exists()
 
 
-def test_many_bad_lines_are_counted(tmp_path: Path) -> None:
+def test_error_counts_many_invalid_lines(tmp_path: Path) -> None:
     path = write(tmp_path / "c.jsonl", *[b"{"] * 8, GOOD)
     with pytest.raises(DataError, match=r"(?s)8 of 9 records.*c\.jsonl:5.*and 3 more") as refused:
         corpora.prepare(str(path), tmp_path)
     assert "c.jsonl:6" not in str(refused.value)
 
 
-def test_some_may_be_tolerated_and_none_is_lost(tmp_path: Path) -> None:
+def test_tolerated_records_are_kept_in_rejects(tmp_path: Path) -> None:
     lines = [json.dumps({"text": f"document number {i}"}).encode() for i in range(96)]
     path = write(tmp_path / "c.jsonl", *lines[:50], b"{oops", b'{"text": 7}', *lines[50:])
     found = corpora.prepare(str(path), tmp_path, tolerate=0.03, fraction=0.2)
@@ -71,21 +73,21 @@ def test_some_may_be_tolerated_and_none_is_lost(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n  \n"])
-def test_an_empty_file(tmp_path: Path, content: bytes) -> None:
+def test_empty_file_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "c.jsonl").write_bytes(content)
     with pytest.raises(DataError, match="the corpus is empty"):
         corpora.prepare(str(tmp_path / "c.jsonl"), tmp_path)
 
 
-def test_a_missing_file_and_an_empty_folder(tmp_path: Path) -> None:
+def test_missing_file_and_empty_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         corpora.prepare(str(tmp_path / "nothere.jsonl"), tmp_path)
     (tmp_path / "folder").mkdir()
-    with pytest.raises(DataError, match="no file with text is there"):
+    with pytest.raises(DataError, match="there is no file with text"):
         corpora.prepare(str(tmp_path / "folder"), tmp_path)
 
 
-def test_an_unknown_name_says_the_nearest(tmp_path: Path) -> None:
+def test_error_for_unknown_name_suggests_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nearest known: ray_docs"):
         corpora.prepare("ray_doc", tmp_path)
     with pytest.raises(AssetError, match="'nosuchpackage' is not installed"):
@@ -112,7 +114,7 @@ def server(tmp_path: Path):
         served.shutdown()
 
 
-def test_a_url(server: str, tmp_path: Path) -> None:
+def test_corpus_from_a_url(server: str, tmp_path: Path) -> None:
     found = corpora.prepare(f"{server}/good.jsonl", tmp_path, fraction=0.2)
     assert found.name == "good" and found.documents + found.heldout_documents == 99
     with pytest.raises(DataError, match=r"bad\.jsonl:2: not JSON"):
@@ -121,19 +123,19 @@ def test_a_url(server: str, tmp_path: Path) -> None:
         corpora.prepare(f"{server}/missing.jsonl", tmp_path)
 
 
-def test_an_unreachable_url(tmp_path: Path) -> None:
+def test_unreachable_url_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read") as refused:
         corpora.prepare("http://127.0.0.1:9/c.jsonl", tmp_path)
     assert "http://127.0.0.1:9/c.jsonl" in str(refused.value)
 
 
-def test_the_split_is_stable_and_disjoint(corpus: Path, tmp_path: Path) -> None:
+def test_halves_are_stable_and_disjoint(corpus: Path, tmp_path: Path) -> None:
     first = corpora.prepare(str(corpus), tmp_path, fraction=0.1)
     train, heldout = (set(corpora.texts_of(half)) for half in (first.train, first.heldout))
     assert not train & heldout
     assert first.documents == len(train) and first.heldout_documents == len(heldout)
     assert 0.04 < len(heldout) / 400 < 0.18
-    # Other documents, another order: what was held out still is.
+    # More documents in another order: the same ones are held out.
     lines = corpus.read_text().splitlines()
     grown = tmp_path / "grown.jsonl"
     grown.write_text("\n".join(['{"text": "new"}', *reversed(lines)]) + "\n")
@@ -153,9 +155,9 @@ def test_too_few_documents_to_hold_out(tmp_path: Path) -> None:
         corpora.prepare(str(write(tmp_path / "c.jsonl", GOOD)), tmp_path)
 
 
-def test_a_name_that_is_taken(corpus: Path, tmp_path: Path) -> None:
+def test_taken_name_is_refused(corpus: Path, tmp_path: Path) -> None:
     found = corpora.prepare(str(corpus), tmp_path)
-    assert corpora.prepare(str(corpus), tmp_path) == found  # the same again is no conflict
+    assert corpora.prepare(str(corpus), tmp_path) == found  # the same documents are no conflict
     (tmp_path / "other").mkdir()
     other = write(tmp_path / "other" / corpus.name, *[b'{"text": "%d"}' % i for i in range(99)])
     before = found.train.read_bytes()
@@ -166,16 +168,16 @@ def test_a_name_that_is_taken(corpus: Path, tmp_path: Path) -> None:
         corpora.prepare(str(write(tmp_path / "news.jsonl", GOOD)), tmp_path)
 
 
-def test_the_registry_keeps_what_is_there(corpus: Path, tmp_path: Path) -> None:
+def test_registry_keeps_other_datasets(corpus: Path, tmp_path: Path) -> None:
     mine = {"file_name": "mine.jsonl", "columns": {"prompt": "body"}}
-    (tmp_path / registry.REGISTRY).write_text(json.dumps({"mine": mine}))
+    (tmp_path / corpora.REGISTRY).write_text(json.dumps({"mine": mine}))
     corpora.prepare(str(corpus), tmp_path)
-    known = registry.read_registry(tmp_path / registry.REGISTRY)
+    known = corpora.read_registry(tmp_path / corpora.REGISTRY)
     assert known["mine"] == mine
     assert known["handbook"]["file_name"] == "corpora/handbook/train.jsonl"
     assert set(known) == {"mine", "handbook", "handbook_heldout"}, "only what is on the storage"
     with pytest.raises(DataError, match="'mine' is taken"):
-        registry.register(tmp_path / registry.REGISTRY, {"mine": {"file_name": "yours.jsonl"}})
-    (tmp_path / registry.REGISTRY).write_text("{")
+        corpora.register(tmp_path / corpora.REGISTRY, {"mine": {"file_name": "yours.jsonl"}})
+    (tmp_path / corpora.REGISTRY).write_text("{")
     with pytest.raises(DataError, match="registry cannot be read"):
         corpora.prepare(str(corpus), tmp_path)

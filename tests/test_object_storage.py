@@ -1,4 +1,4 @@
-"""A corpus in a bucket: read through s3fs from a local server that speaks S3 (moto's)."""
+"""A corpus in a bucket: read through s3fs from moto's local S3 server."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ import pytest
 from cpt_helpers.data import corpora
 from cpt_helpers.errors import DataError
 
-# moto's server wants another antlr4 than LLaMA-Factory's omegaconf: it lives apart.
+# moto's server needs another antlr4 than LLaMA-Factory's omegaconf, so it has its own environment.
 SERVER = ("moto[server]==5.1.9",)
 
 
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """moto's server on loopback, in an environment of its own."""
+    """moto's server on loopback."""
     home = tmp_path_factory.mktemp("moto")
     uv = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
     links = os.environ.get("PIP_FIND_LINKS")
@@ -71,17 +71,17 @@ def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
     return "s3://corpora/web"
 
 
-def test_a_bucket(bucket: str, tmp_path: Path) -> None:
+def test_corpus_in_a_bucket(bucket: str, tmp_path: Path) -> None:
     found = corpora.prepare(bucket, tmp_path, fraction=0.1)
     assert found.name == "web" and found.records == 120
-    assert found.key, "its marks say when it changes"
+    assert found.key, "its marks show when it changes"
     one = corpora.prepare(f"{bucket}/1.jsonl.gz", tmp_path, fraction=0.2)
     assert one.records == 40
     several = corpora.prepare(f"{bucket}/[01].jsonl.gz", tmp_path / "b", fraction=0.2)
     assert several.records == 80
 
 
-def test_what_is_not_there(bucket: str, tmp_path: Path) -> None:
+def test_missing_file_or_bucket_is_refused(bucket: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"does not exist|no file with text"):
         corpora.prepare("s3://corpora/nothing.jsonl", tmp_path)
     with pytest.raises(DataError, match=r"does not exist|cannot be read|no file with text"):

@@ -1,4 +1,4 @@
-"""Blocks begin with BOS where a tokenizer forces it, and each of their tokens is learnt."""
+"""Blocks begin with BOS if the tokenizer forces it, and the model learns every token."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from cpt_helpers.data import corpora, mixing, packing
 from cpt_helpers.errors import DataError
 from cpt_helpers.export import evaluation
+from cpt_helpers.recipes import Recipe
 from cpt_helpers.setup import models
 from cpt_helpers.train.collator import BlockCollator
 
@@ -21,7 +22,7 @@ BLOCK = 64
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Tiny tensors on many threads wait for each other more than they work."""
+    """Threads slow down computations with tiny tensors."""
     import torch
 
     before = torch.get_num_threads()
@@ -55,7 +56,7 @@ def llamafactorys(tokenizer, texts: list[str], size: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_forced_bos_is_found_by_what_the_tokenizer_does(plain, family: str) -> None:
+def test_forced_bos_is_read_from_the_tokenizers_output(plain, family: str) -> None:
     forcing = bpe.forcing_bos(plain, family)
     assert packing.forced_bos(forcing) == evaluation.opening(forcing) == plain.bos_token_id
     assert packing.forced_bos(plain) is None
@@ -75,14 +76,14 @@ def test_every_block_and_document_begins_with_bos(plain, documents, family: str)
     tokens = list(chain(*packed.blocks))
     assert all(after == bos for token, after in pairwise(tokens) if token == eos)
     assert not any((bos, bos) in pairwise(block) for block in packed.blocks)
-    # Without BOS it is the text that LLaMA-Factory packs where none is forced; each loses a tail.
+    # Without BOS, the tokens equal LLaMA-Factory's for a tokenizer that forces none.
     ours = [token for token in tokens if token != bos]
     theirs = list(chain(*llamafactorys(plain, documents, BLOCK)))
     both = min(len(ours), len(theirs))
     assert ours[:both] == theirs[:both] and max(len(ours), len(theirs)) - both < BLOCK
 
 
-def test_blocks_of_one_document_are_llamafactorys_with_bos_in_front(plain, documents) -> None:
+def test_blocks_of_one_document_equal_llamafactorys_after_bos(plain, documents) -> None:
     (text,) = [max(documents, key=len)]
     theirs = llamafactorys(plain, [text], BLOCK - 1)
     ours = packing.pack([text], bpe.forcing_bos(plain), BLOCK).blocks
@@ -90,8 +91,8 @@ def test_blocks_of_one_document_are_llamafactorys_with_bos_in_front(plain, docum
     assert len(ours) > 5
 
 
-def test_llamafactory_overwrites_a_token_or_forgets_bos(plain, documents) -> None:
-    """Why the blocks are not its own; where this fails, its packing has changed."""
+def test_llamafactory_overwrites_a_token_or_omits_bos(plain, documents) -> None:
+    """The reason for our own packing. If this fails, LLaMA-Factory's packing has changed."""
     bos = plain.bos_token_id
     without = llamafactorys(plain, documents, BLOCK)
     gemmas = llamafactorys(bpe.forcing_bos(plain, "gemma"), documents, BLOCK)
@@ -99,11 +100,12 @@ def test_llamafactory_overwrites_a_token_or_forgets_bos(plain, documents) -> Non
     assert llamafactorys(bpe.forcing_bos(plain, "llama3"), documents, BLOCK) == without
 
 
-def test_what_the_workers_load_begins_with_bos(plain, corpus: Path, tmp_path: Path) -> None:
+def test_blocks_on_the_storage_begin_with_bos(plain, corpus: Path, tmp_path: Path) -> None:
     from datasets import load_from_disk
 
     handbook = corpora.prepare(str(corpus), tmp_path)
-    mix = mixing.mix([(handbook, 1)], [handbook], bpe.forcing_bos(plain), BLOCK)
+    recipe = Recipe(cutoff_len=BLOCK, eval_on_start=True)
+    mix = mixing.for_recipe(recipe, [(handbook, 1)], [handbook], bpe.forcing_bos(plain))
     halves = load_from_disk(str(mix.path))
     assert len(halves) == 2
     for rows in halves.values():
@@ -111,13 +113,13 @@ def test_what_the_workers_load_begins_with_bos(plain, corpus: Path, tmp_path: Pa
         assert {len(row) for row in rows["input_ids"]} == {BLOCK}
 
 
-def test_a_block_of_one_token_is_refused(plain) -> None:
+def test_block_of_one_token_is_refused(plain) -> None:
     with pytest.raises(DataError, match=r"nothing to predict(?s:.*)cutoff_len: 1"):
         packing.pack(["text"], bpe.forcing_bos(plain), 1)
 
 
 @pytest.mark.parametrize("forced", [True, False])
-def test_each_piece_of_a_long_document_begins_as_a_block_does(
+def test_every_piece_of_a_long_document_begins_like_a_block(
     plain, model, documents, forced: bool
 ) -> None:
     import torch
@@ -143,7 +145,7 @@ def batch_of(blocks: list[list[int]]) -> list[dict[str, list[int]]]:
 
 
 def without_padding_token(tokenizer):
-    """What LLaMA-Factory makes of a tokenizer that has none, as Llama 3's and Mistral's."""
+    """LLaMA-Factory's change to a tokenizer without a padding token, such as Llama 3's."""
     from llamafactory.data import get_template_and_fix_tokenizer
     from llamafactory.hparams import DataArguments
 
@@ -153,7 +155,7 @@ def without_padding_token(tokenizer):
     return tokenizer
 
 
-def test_separators_are_learnt_where_they_pad_too(plain, documents) -> None:
+def test_separators_are_learnt_if_they_are_the_padding_token(plain, documents) -> None:
     from llamafactory.train.pt import workflow
 
     tokenizer = without_padding_token(plain)
@@ -161,12 +163,14 @@ def test_separators_are_learnt_where_they_pad_too(plain, documents) -> None:
     theirs = workflow.DataCollatorForLanguageModeling(tokenizer=tokenizer, mlm=False)(features)
     ours = BlockCollator(tokenizer=tokenizer, mlm=False)(features)
     separators = ours["input_ids"] == tokenizer.eos_token_id
-    assert separators.any() and separators.equal(theirs["labels"] == -100), "what it would forget"
+    assert separators.any() and separators.equal(theirs["labels"] == -100), (
+        "the tokens that transformers would not learn"
+    )
     assert ours["labels"].equal(ours["input_ids"])
     assert ours["labels"].data_ptr() != ours["input_ids"].data_ptr()
 
 
-def test_otherwise_a_batch_is_what_transformers_makes(plain, documents) -> None:
+def test_batch_equals_that_of_transformers(plain, documents) -> None:
     from llamafactory.train.pt import workflow
 
     features = batch_of(packing.pack(documents, plain, BLOCK).blocks[:8])
@@ -177,7 +181,7 @@ def test_otherwise_a_batch_is_what_transformers_makes(plain, documents) -> None:
         assert tensor.dtype == theirs[name].dtype and tensor.equal(theirs[name]), name
 
 
-def test_a_batch_that_is_no_batch_of_blocks_is_refused() -> None:
+def test_batch_of_uneven_or_padded_blocks_is_refused() -> None:
     uneven = batch_of([[1] * 64, [1] * 63])
     with pytest.raises(
         DataError, match=r"differ in length(?s:.*)63, 64 tokens(?s:.*)tokenized_path"
@@ -190,7 +194,7 @@ def test_a_batch_that_is_no_batch_of_blocks_is_refused() -> None:
 
 
 @pytest.mark.parametrize("forced", [True, False])
-def test_perplexity_counts_separators_as_the_trainer_does(
+def test_perplexity_equals_the_trainers_loss(
     plain, model, documents, tmp_path: Path, forced: bool
 ) -> None:
     from datasets import Dataset

@@ -1,4 +1,4 @@
-"""Every form text comes in, and what is wrong with some of it."""
+"""Sources of text: every file format, and errors for damaged or unreadable files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from cpt_helpers.data import cleaning, corpora, files, ingest, sources
+from cpt_helpers.data import cleaning, corpora, formats, ingest, sources
 from cpt_helpers.errors import DataError
 
 TEXTS = [f"document {i}: «Käse» costs {i} €\nsecond line" for i in range(40)]
@@ -27,11 +27,11 @@ def jsonl(texts: list[str]) -> bytes:
 
 
 def read(corpus: str, column: str = "text", most: int | None = None) -> list[str]:
-    """All texts of a corpus, parsed; a problem is an error."""
+    """All texts of a corpus; fails for an invalid record."""
     found = []
     for shard in sources.find(corpus, column, most).shards:
         for record in shard.read():
-            text, problem = cleaning._text(record, column)
+            text, problem = cleaning.text_of(record, column)
             assert not problem, problem
             found.append(text)
     return found
@@ -41,7 +41,7 @@ def problems(corpus: str) -> list[str]:
     found = []
     for shard in sources.find(corpus).shards:
         for record in shard.read():
-            _, problem = cleaning._text(record, "text")
+            _, problem = cleaning.text_of(record, "text")
             if problem:
                 found.append(f"{record.where}: {problem}")
     return found
@@ -86,13 +86,13 @@ def zstd(content: bytes) -> bytes:
         ("c.csv", lambda p: write_csv(p, TEXTS)),
     ],
 )
-def test_a_file(tmp_path: Path, name: str, write: Callable) -> None:
+def test_every_format_is_read(tmp_path: Path, name: str, write: Callable) -> None:
     write(tmp_path / name)
     assert read(str(tmp_path / name)) == TEXTS
     assert sources.find(str(tmp_path / name)).name in ("c", "lines")
 
 
-def test_a_folder_and_a_glob_of_many_forms(tmp_path: Path) -> None:
+def test_folder_and_glob_with_several_formats(tmp_path: Path) -> None:
     (tmp_path / "a.md").write_text("# A\n\ntext")
     (tmp_path / "b.txt").write_text("b")
     (tmp_path / "sub").mkdir()
@@ -104,7 +104,7 @@ def test_a_folder_and_a_glob_of_many_forms(tmp_path: Path) -> None:
     assert [s.name for s in sources.find(str(tmp_path)).shards] == ["a.md", "b.txt", "sub/c.jsonl"]
 
 
-def test_another_column(tmp_path: Path) -> None:
+def test_text_in_another_column(tmp_path: Path) -> None:
     write_parquet(tmp_path / "c.parquet", TEXTS, "body")
     assert read(str(tmp_path / "c.parquet"), "body") == TEXTS
     with pytest.raises(DataError, match=r"no column 'text'(?s:.*)id, body(?s:.*)TEXT_COLUMN"):
@@ -114,14 +114,14 @@ def test_another_column(tmp_path: Path) -> None:
         read(str(tmp_path / "c.csv"))
 
 
-def test_packages() -> None:
+def test_docstrings_of_packages() -> None:
     assert len(read("package:papermill")) > 5
     both = sources.find("package:papermill,nbformat")
     assert both.name == "papermill_nbformat_docs" and len(both.shards) == 2
 
 
-def test_a_hugging_face_dataset_is_streamed(tmp_path: Path) -> None:
-    """A local folder stands for the hub: the same call, the same streaming."""
+def test_hugging_face_dataset_is_streamed(tmp_path: Path) -> None:
+    """A local folder replaces the hub: the call and the streaming are the same."""
     (tmp_path / "ds").mkdir()
     (tmp_path / "ds" / "train.jsonl").write_bytes(jsonl(TEXTS))
     assert read(f"hf:{tmp_path}/ds", most=7) == TEXTS[:7]
@@ -129,7 +129,7 @@ def test_a_hugging_face_dataset_is_streamed(tmp_path: Path) -> None:
         read("hf:no-such-owner/no-such-dataset")
 
 
-def test_what_is_wrong_is_named(tmp_path: Path) -> None:
+def test_error_names_the_problem_of_a_damaged_file(tmp_path: Path) -> None:
     good = gzip.compress(jsonl(TEXTS * 200))
     (tmp_path / "cut.jsonl.gz").write_bytes(good[: len(good) // 2])
     assert "the compressed file ends in the middle" in problems(str(tmp_path / "cut.jsonl.gz"))[-1]
@@ -156,7 +156,7 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     assert "latin.txt: not UTF-8" in problems(str(tmp_path / "latin.txt"))[0]
 
 
-def test_byte_order_marks_and_one_object_over_lines(tmp_path: Path) -> None:
+def test_byte_order_marks_and_an_object_over_several_lines(tmp_path: Path) -> None:
     mark = b"\xef\xbb\xbf"
     (tmp_path / "m.jsonl").write_bytes(mark + jsonl(["a", "b"]))
     (tmp_path / "m.json").write_bytes(
@@ -167,7 +167,7 @@ def test_byte_order_marks_and_one_object_over_lines(tmp_path: Path) -> None:
     assert read(str(tmp_path / "one.json")) == ["alone"]
 
 
-def test_a_long_line_is_never_held(tmp_path: Path) -> None:
+def test_long_line_is_not_held_in_memory(tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
     with path.open("wb") as file:
         file.write(jsonl(["before"]) + b'{"text": "')
@@ -180,20 +180,20 @@ def test_a_long_line_is_never_held(tmp_path: Path) -> None:
     assert [r.line for r in shard.read() if r.line][-1] == jsonl(["after"])
 
 
-def test_mixed_shards_and_those_done_are_not_done_again(tmp_path: Path, monkeypatch) -> None:
+def test_shards_that_were_read_are_not_read_again(tmp_path: Path, monkeypatch) -> None:
     folder = tmp_path / "shards"
     folder.mkdir()
     for n in range(3):
         (folder / f"{n}.jsonl").write_bytes(jsonl([f"shard {n} text {i}" for i in range(30)]))
-    (folder / "1.jsonl").write_bytes(b"")  # an empty one among good ones
+    (folder / "1.jsonl").write_bytes(b"")  # an empty file among others
     (folder / "3.jsonl").write_bytes(jsonl(["x"]) + '{"text": "Käse"}'.encode("latin-1"))
     with pytest.raises(DataError, match=r"3\.jsonl:2: not UTF-8"):
         corpora.prepare(str(folder), tmp_path)
-    (folder / "3.jsonl").write_bytes(jsonl(["mended"]))
+    (folder / "3.jsonl").write_bytes(jsonl(["fixed"]))
     done: list[str] = []
-    work = ingest.read
+    work = ingest.read_shard
     monkeypatch.setattr(
-        ingest, "read", lambda shard, *a, **k: done.append(shard.name) or work(shard, *a, **k)
+        ingest, "read_shard", lambda shard, *a, **k: done.append(shard.name) or work(shard, *a, **k)
     )
     found = corpora.prepare(str(folder), tmp_path)
     assert done == ["3.jsonl"]
@@ -202,25 +202,26 @@ def test_mixed_shards_and_those_done_are_not_done_again(tmp_path: Path, monkeypa
     assert done == ["3.jsonl"], "nothing was read again"
 
 
-def test_an_unreadable_folder(tmp_path: Path) -> None:
-    """As another user, where the tests are root's, who may read everything."""
+def test_unreadable_folder_is_refused(tmp_path: Path) -> None:
+    """Runs as another user, since root can read everything."""
     folder = tmp_path / "closed"
     (folder / "sub").mkdir(parents=True)
     (folder / "c.jsonl").write_bytes(jsonl(TEXTS))
     (folder / "sub" / "d.jsonl").write_bytes(jsonl(TEXTS))
     (folder / "sub").chmod(0)
     child = os.fork()
-    if not child:  # nothing of pytest's may run in it
+    if not child:  # the child must not run pytest's code
         code = 1
         try:
             if os.geteuid() == 0:
                 for parent in (tmp_path, *list(tmp_path.parents)[:2]):
                     parent.chmod(0o755)
                 os.setuid(65534)
-            files._require_readable(folder, str(folder))
+            sources._require_readable(folder, str(folder))
         except DataError as error:
-            said = str(error)
-            code = 0 if "no permission to read the folder" in said and "sub" in said else 2
+            message = str(error)
+            named = "no permission to read the folder" in message and "sub" in message
+            code = 0 if named else 2
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -228,7 +229,7 @@ def test_an_unreadable_folder(tmp_path: Path) -> None:
 
 
 def test_only_regular_files_are_opened(tmp_path: Path, monkeypatch) -> None:
-    """A pipe without a writer would block forever, wherever it is."""
+    """Opening a pipe without a writer blocks forever."""
     folder = tmp_path / "folder"
     (folder / "sub").mkdir(parents=True)
     (folder / "a.jsonl").write_bytes(jsonl(TEXTS))
@@ -237,18 +238,18 @@ def test_only_regular_files_are_opened(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "link.txt").symlink_to(tmp_path / "pipe")
     (tmp_path / "nothing.txt").symlink_to(tmp_path / "gone")
     (tmp_path / "folder.jsonl").mkdir()
-    for corpus, said in [
+    for corpus, problem in [
         (tmp_path / "pipe", "pipe is a named pipe"),
         (f"file://{tmp_path}/pipe", "pipe is a named pipe"),
         (tmp_path / "link.txt", "link.txt is a named pipe"),
-        (tmp_path / "nothing.txt", "nothing.txt is a link to nothing"),
+        (tmp_path / "nothing.txt", "nothing.txt is a broken link"),
         (folder, "pipe.jsonl is a named pipe"),
         (folder / "**" / "*.jsonl", "pipe.jsonl is a named pipe"),
         (f"hf:{folder}", "pipe.jsonl is a named pipe"),
         (tmp_path / "*.jsonl", "folder.jsonl is a folder"),
         ("/dev/zero", "zero is a device"),
     ]:
-        with pytest.raises(DataError, match=f"{said}, not a regular file"):
+        with pytest.raises(DataError, match=f"{problem}, not a regular file"):
             sources.find(str(corpus))
     with socket.socket(socket.AF_UNIX) as bound:
         monkeypatch.chdir(tmp_path)  # the path of a socket may have 107 bytes
@@ -265,7 +266,7 @@ ENCODINGS = ("utf-16", "utf-32", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("name", ["c.jsonl", "c.json", "c.csv", "c.tsv", "c.txt", "c.jsonl.gz"])
-def test_another_encoding_is_one_error(tmp_path: Path, name: str, encoding: str) -> None:
+def test_other_encoding_gives_one_error(tmp_path: Path, name: str, encoding: str) -> None:
     """With a byte-order mark, or without one where the text begins in ASCII."""
     content = ("text\n" if name[2] in "ct" else "") + jsonl(TEXTS * 10).decode()
     data_of = content.encode(encoding)
@@ -279,7 +280,7 @@ def test_another_encoding_is_one_error(tmp_path: Path, name: str, encoding: str)
     assert len(message.splitlines()) == 5
 
 
-def test_zero_bytes_alone_are_no_encoding(tmp_path: Path) -> None:
+def test_zero_bytes_are_not_taken_for_utf16(tmp_path: Path) -> None:
     (tmp_path / "zeros.txt").write_bytes(bytes(100))
     (tmp_path / "one.txt").write_bytes(b"\0abc")
     assert "a NUL byte at character 1" in problems(str(tmp_path / "one.txt"))[0]
@@ -288,7 +289,7 @@ def test_zero_bytes_alone_are_no_encoding(tmp_path: Path) -> None:
 
 @pytest.fixture
 def stalled() -> Iterator[Callable[[bytes], str]]:
-    """A server on loopback that sends what it is given, and then nothing; gives its address."""
+    """A server on loopback that sends an answer and then stalls; returns its address."""
     with contextlib.ExitStack() as stack:
         kept: list[socket.socket] = []
 
@@ -324,19 +325,19 @@ LENGTH = b"HTTP/1.1 200 OK\r\nContent-Length: 10000000\r\nAccept-Ranges: bytes\r
         ("c.parquet", LENGTH),
     ],
 )
-def test_a_server_that_stalls(
+def test_stalled_server_gives_an_error(
     name: str, answer: bytes, stalled: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before its answer, in the middle of the head, or in the middle of the body."""
-    monkeypatch.setattr(files, "TIMEOUT", 1.0)
+    """The server stalls before its answer, in its header, or in its body."""
+    monkeypatch.setattr(formats, "TIMEOUT", 1.0)
     since = time.monotonic()
     with pytest.raises(DataError, match="cannot be read: the server stopped sending data"):
         read(f"{stalled(answer)}/{name}")
     assert time.monotonic() - since < 10
 
 
-def test_a_bucket_that_stalls(stalled: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``s3fs`` has a time-out of its own, five times 15 s; here it is made short."""
+def test_stalled_bucket_gives_an_error(stalled: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time-out of ``s3fs`` is five times 15 s; the test shortens it."""
     import s3fs
 
     monkeypatch.setattr(s3fs.S3FileSystem, "read_timeout", 1)
@@ -346,11 +347,11 @@ def test_a_bucket_that_stalls(stalled: Callable, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     opened = s3fs.S3FileSystem(skip_instance_cache=True).open("b/c.txt", size=100)
     with pytest.raises(DataError, match="the server stopped sending data"):
-        list(files._read_file(_Opened(opened), "b/c.txt", "text", "s3://b/c.txt", web=False))
+        list(formats.read_file(_Opened(opened), "b/c.txt", "text", "s3://b/c.txt", web=False))
 
 
 class _Opened:
-    """A file system with one file, whose size is known without asking the server."""
+    """A file system with one open file."""
 
     def __init__(self, file: object) -> None:
         self.file = file
@@ -359,6 +360,6 @@ class _Opened:
         return self.file
 
 
-def test_object_storage_without_its_package() -> None:
+def test_error_names_the_missing_package_of_an_object_storage() -> None:
     with pytest.raises(DataError, match=r"gs:// needs another package(?s:.*)gcsfs==2025\.3\.0"):
         sources.find("gs://bucket/c.jsonl")

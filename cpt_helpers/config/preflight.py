@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..data.registry import read_registry
+from ..data.corpora import read_registry
 from ..errors import AssetError, CptError, DataError, StorageError, UnreadyError
 from ..recipes import Recipe, names_of
 from ..run import Run

@@ -10,7 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..data.registry import read_registry
+from ..data.corpora import read_registry
+from ..data.mixing import evaluates
 from ..errors import ConfigError, nearest
 from ..recipes import HELD_OUT, Recipe, known_keys, line_of, names_of, where_of
 from ..redact import SECRET, strings
@@ -234,10 +235,8 @@ def _in_blocks(args: Recipe, path: Path) -> Iterator[ConfigError]:
             expected="blocks of cutoff_len tokens",
             do="run notebook 02_data with the same OVERRIDES",
         )
-    on = [str(args.get(key)).lower() == "true" for key in ("do_eval", "eval_on_start")]
-    evaluates = any(on) or str(args.get("eval_strategy", "no")) != "no"
     lacking = [n for n in names_of(args.get("eval_dataset")) if n not in mix["heldout_blocks"]]
-    if evaluates and lacking:
+    if lacking and evaluates(args):
         yield ConfigError(
             f"eval_dataset: {', '.join(lacking)} would not be measured",
             where=f"{path}{line_of(path, 'eval_dataset')}\n{record}",

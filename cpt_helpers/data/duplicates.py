@@ -1,7 +1,8 @@
-"""Documents that repeat another one of the corpus, word for word or nearly, and which one it is.
+"""Duplicates: finds exact and near duplicates within a corpus, and across its two halves.
 
-Near duplicates share a band of their MinHash signatures; that makes a bucket. One band at a time is
-read from disk and sorted: 20 bytes a document are in memory, and what is found of duplicates.
+Near duplicates share a band of their MinHash signatures; the documents with the same band are a
+bucket. One band at a time is read from disk and sorted. Memory is 20 bytes per document, and the
+duplicates found.
 """
 
 from __future__ import annotations
@@ -14,145 +15,126 @@ from typing import Any
 
 from .cleaning import BANDS, Cleaning, Part, shingles
 
-_COMPARED = 64  # documents of its half and bucket that another is compared with at most
+_COMPARED = 64  # the last documents of a bucket and half that the next one is compared with
 _INDEXED = 1000  # held-out documents of a bucket whose shingles are in memory at once
 
+Dropped = dict[int, tuple[str, int]]  # by document: the reason, and the document it repeats
 
-def find(parts: list[Part], cleaning: Cleaning) -> dict[int, tuple[str, int]]:
-    """Which documents are dropped because of another one.
 
-    Args:
-        parts: All parts of the corpus, in order; documents are numbered through.
-        cleaning: Which duplicates to look for.
-
-    Returns:
-        By document: the reason, and the document it is like.
-    """
+def find(parts: list[Part], cleaning: Cleaning) -> Dropped:
+    """Finds the documents to drop; they are numbered across all parts, in order."""
     import numpy as np
 
-    counts = [part.documents for part in parts]
-    held_out = np.concatenate(
-        [np.fromfile(f"{p.path}.held-out", dtype=np.uint8) for p in parts] or [np.zeros(0, "u1")]
-    )
-    found: dict[int, tuple[str, int]] = {}
-    if cleaning.exact:  # one text has one hash, so that it is never in both halves
-        for bucket in _buckets(_column(parts, 0)):
-            _repeated(bucket, found, "the same text again")
+    dropped: Dropped = {}
+    if cleaning.exact:  # equal texts have equal hashes, and are in the same half
+        for bucket in _buckets(_keys(parts, 0)):
+            _drop_repeated(bucket, dropped, "an exact duplicate")
     if not (cleaning.near or cleaning.contamination):
-        return found
+        return dropped
     threshold = cleaning.near or Cleaning.near
-    starts = np.cumsum([0, *counts])
+    flags = [np.fromfile(f"{part.path}.held-out", dtype=np.uint8) for part in parts]
+    held_out = np.concatenate(flags) if flags else np.zeros(0, np.uint8)
+    starts = np.cumsum([0, *(part.documents for part in parts)])
 
     @lru_cache(maxsize=512)
-    def shingled(document: int) -> frozenset[str]:
-        return frozenset(shingles(_document(parts, starts, document)))
+    def shingles_of(document: int) -> frozenset[str]:
+        return frozenset(shingles(_read_document(parts, starts, document)))
 
-    seen: set[tuple[int, int]] = set()
+    compared: set[tuple[int, int]] = set()
 
-    def alike(one: int, other: int) -> bool:
-        if (one, other) in seen:
+    def similar(one: int, other: int) -> bool:
+        if (one, other) in compared:
             return False
-        seen.add((one, other))
-        a, b = shingled(one), shingled(other)
+        compared.add((one, other))
+        a, b = shingles_of(one), shingles_of(other)
         return len(a & b) >= threshold * len(a | b)
 
     for band in range(1, BANDS + 1):
-        for bucket in _buckets(_column(parts, band)):
+        for bucket in _buckets(_keys(parts, band)):
             held = [document for document in bucket if held_out[document]]
             trained = [document for document in bucket if not held_out[document]]
             if cleaning.near:
-                _repeated(held, found, "nearly the same text again", alike)
+                _drop_repeated(held, dropped, "a near duplicate", similar)
             if cleaning.contamination:
-                _contaminated(trained, held, found, shingled, threshold)
+                _drop_contaminated(trained, held, dropped, shingles_of, threshold)
             if cleaning.near:
-                _repeated(trained, found, "nearly the same text again", alike)
-    return found
+                _drop_repeated(trained, dropped, "a near duplicate", similar)
+    return dropped
 
 
-def _repeated(
+def _drop_repeated(
     bucket: list[int],
-    found: dict[int, tuple[str, int]],
+    dropped: Dropped,
     reason: str,
-    alike: Callable[[int, int], bool] | None = None,
+    similar: Callable[[int, int], bool] | None = None,
 ) -> None:
-    """Drops those of a bucket that are like one of the last few before them.
+    """Drops the documents of a bucket that repeat an earlier one of it.
 
-    Args:
-        bucket: Documents of one half with one key.
-        found: What is dropped so far; added to.
-        reason: Why they are.
-        alike: Decides; without it one key means one text.
+    All are of one half. Without ``similar``, the same key means the same text.
     """
-    stay: list[int] = []
+    kept: list[int] = []
     for document in bucket:
-        if document in found:
+        if document in dropped:
             continue
-        for other in stay[-_COMPARED:]:
-            if alike is None or alike(other, document):
-                found[document] = (reason, other)
+        for other in kept[-_COMPARED:]:
+            if similar is None or similar(other, document):
+                dropped[document] = (reason, other)
                 break
         else:
-            stay.append(document)
+            kept.append(document)
 
 
-def _contaminated(
+def _drop_contaminated(
     trained: list[int],
     held: list[int],
-    found: dict[int, tuple[str, int]],
-    shingled: Callable[[int], frozenset[str]],
+    dropped: Dropped,
+    shingles_of: Callable[[int], frozenset[str]],
     threshold: float,
 ) -> None:
-    """Drops the training documents of a bucket that are like any held-out one of it.
+    """Drops the training documents of a bucket that are similar to a held-out document of it.
 
-    Every pair counts here, so that the shared shingles of a document with a thousand others are
-    counted at once, by an index: a millisecond, where a comparison of each pair takes fifty.
-
-    Args:
-        trained: Training documents with one key.
-        held: Held-out documents with the same key.
-        found: What is dropped so far; added to.
-        shingled: Gives a document's shingles.
-        threshold: Jaccard similarity from which two are alike.
+    Every pair is compared. An index counts the shingles that a document shares with a thousand
+    others at once, in a millisecond; a comparison of each pair takes 50.
     """
     import numpy as np
 
-    held = [document for document in held if document not in found]
+    held = [document for document in held if document not in dropped]
     for begin in range(0, len(held), _INDEXED):
-        some = held[begin : begin + _INDEXED]
-        left = [document for document in trained if document not in found]
-        if not left:
+        indexed = held[begin : begin + _INDEXED]
+        remaining = [document for document in trained if document not in dropped]
+        if not remaining:
             return
         positions: dict[str, list[int]] = {}
-        for position, document in enumerate(some):
-            for shingle in shingled(document):
+        for position, document in enumerate(indexed):
+            for shingle in shingles_of(document):
                 positions.setdefault(shingle, []).append(position)
         index = {shingle: np.array(where) for shingle, where in positions.items()}
-        sizes = np.array([len(shingled(document)) for document in some])
-        for document in left:
-            own = shingled(document)
-            hits = [index[shingle] for shingle in own if shingle in index]
+        sizes = np.array([len(shingles_of(document)) for document in indexed])
+        for document in remaining:
+            document_shingles = shingles_of(document)
+            hits = [index[shingle] for shingle in document_shingles if shingle in index]
             if not hits:
                 continue
-            shared = np.bincount(np.concatenate(hits), minlength=len(some))
-            like = shared >= threshold * (sizes + len(own) - shared)
-            if like.any():
-                found[document] = ("nearly the same text is held out", some[int(like.argmax())])
+            shared = np.bincount(np.concatenate(hits), minlength=len(indexed))
+            similar = shared >= threshold * (sizes + len(document_shingles) - shared)
+            if similar.any():
+                other = indexed[int(similar.argmax())]
+                dropped[document] = ("a near duplicate of a held-out document", other)
 
 
-def _column(parts: list[Part], band: int) -> Any:
-    """One key of every document: 0 its digest, 1 … its bands; 0 where it has no such."""
+def _keys(parts: list[Part], column: int) -> Any:
+    """One key of every document: column 0 is the text's digest, 1 to ``BANDS`` are the bands."""
     import numpy as np
 
-    columns = []
-    for part in parts:
-        with Path(f"{part.path}.keys").open("rb") as file:
-            file.seek(8 * band * part.documents)
-            columns.append(np.fromfile(file, dtype=np.uint64, count=part.documents))
+    columns = [
+        np.fromfile(f"{p.path}.keys", np.uint64, p.documents, offset=8 * column * p.documents)
+        for p in parts
+    ]
     return np.concatenate(columns) if columns else np.zeros(0, np.uint64)
 
 
 def _buckets(keys: Any) -> Iterator[list[int]]:
-    """Documents that share a key, where more than one does."""
+    """The documents of each key that more than one document has; key 0 means none."""
     import numpy as np
 
     order = np.argsort(keys, kind="stable")
@@ -164,12 +146,12 @@ def _buckets(keys: Any) -> Iterator[list[int]]:
             yield order[begin:end].tolist()
 
 
-def _document(parts: list[Part], starts: Any, number: int) -> str:
+def _read_document(parts: list[Part], starts: Any, number: int) -> str:
     import numpy as np
 
     index = int(np.searchsorted(starts, number, side="right")) - 1
     part, row = parts[index], number - int(starts[index])
-    with Path(f"{part.path}.offsets").open("rb") as offsets, Path(part.path).open("rb") as file:
-        offsets.seek(8 * row)
-        file.seek(int(np.fromfile(offsets, dtype=np.uint64, count=1)[0]))
+    offset = np.fromfile(f"{part.path}.offsets", dtype=np.uint64, count=1, offset=8 * row)
+    with Path(part.path).open("rb") as file:
+        file.seek(int(offset[0]))
         return json.loads(file.readline())["text"]

@@ -1,6 +1,6 @@
-"""What training sees: documents joined by a separator, cut into blocks, tokenised once.
+"""Packing: joins documents by a separator, cuts them into blocks, and tokenises them once.
 
-Workers load the blocks from the storage (``tokenized_path``); none of them tokenises.
+Workers load the blocks from the storage (``tokenized_path``); no worker tokenises.
 
 Some tokenizers put a BOS token in front of every text: Gemma's, Llama's, Mistral's. Their models
 fail without it: the perplexity of Gemma 7B on LAMBADA is 5.9e9 without and 3.5 with BOS
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,59 +27,50 @@ from typing import TYPE_CHECKING, Any
 from ..errors import DataError
 from ..recipes import HELD_OUT
 from ..run import in_one_piece, write_json
-from . import corpora
-from .corpora import Corpus
+from .corpora import Corpus, texts_of
 
 if TYPE_CHECKING:
     import numpy as np
+    from matplotlib.figure import Figure
     from transformers import PreTrainedTokenizerBase
 
-FORM = 2  # of what is kept on the storage; another one is made anew
+FORMAT = 2  # of blocks on the storage; blocks of another format are made again
 _BATCH, _CHARACTERS = 512, 4_000_000  # documents, and characters, tokenised at once by all cores
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Documents as training sees them.
+    """Packed documents in memory."""
 
-    Attributes:
-        blocks: Lists of ``block_size`` token ids.
-        lengths: Tokens of each document, its separator and its BOS included.
-        dropped: Tokens of the last block, which was not full.
-    """
+    blocks: list[list[int]]  # token ids, ``block_size`` in each
+    lengths: list[int]  # tokens of each document, its separator and its BOS included
+    dropped: int  # tokens of the last block, which was not full
 
-    blocks: list[list[int]]
-    lengths: list[int]
-    dropped: int
+    def first_block(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The text of the first block; empty if no block is full."""
+        return tokenizer.decode(self.blocks[0]) if self.blocks else ""
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """A half of a corpus as blocks on the storage.
+    """A half of a corpus as blocks on the storage."""
 
-    Attributes:
-        name: The dataset's name in the registry.
-        folder: Holds ``blocks.arrow``.
-        block_size: Tokens in a block.
-        documents: Documents in it.
-        tokens: Tokens in all, with separators, and BOS of documents and blocks.
-        blocks: Blocks they fill.
-        dropped: Tokens at the end that fill no block.
-        histogram: Documents by their length in tokens, in powers of two: ``{"64": 12, …}``.
-    """
-
-    name: str
+    name: str  # in the registry
     folder: Path
-    block_size: int
+    block_size: int  # tokens per block
     documents: int
-    tokens: int
-    blocks: int
-    dropped: int
-    histogram: dict[str, int] = field(repr=False)
+    tokens: int  # with separators, and BOS of documents and blocks
+    blocks: int  # full ones
+    dropped: int  # tokens at the end that fill no block
+    histogram: dict[str, int] = field(repr=False)  # documents by length in tokens, powers of two
+
+    @property
+    def file(self) -> str:
+        return str(self.folder / "blocks.arrow")
 
 
-class _Packer:
-    """Joins documents and cuts blocks as they come; counts what goes in and what stays over."""
+class Packer:
+    """Joins documents and cuts blocks as a stream; counts documents and tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, block_size: int) -> None:
         if block_size < 2:
@@ -95,14 +86,14 @@ class _Packer:
         self.bos = forced_bos(tokenizer)
         self.before = [] if self.bos is None else [self.bos]
         self.after = [tokenizer.eos_token_id]
-        self.fast = _plain(tokenizer)
+        self.fast = _fast_tokenizer(tokenizer)
 
     def blocks(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
-        """Arrays of whole blocks, shape ``(n, block_size)``, int32."""
+        """Arrays of full blocks, shape ``(n, block_size)``, int32."""
         import numpy as np
 
         rest = np.zeros(0, dtype=np.int32)
-        for batch in _batches(texts, _BATCH):
+        for batch in _batches(texts):
             pieces = [rest]
             for ids in self._encode(batch):
                 ids = [*self.before, *ids, *self.after]
@@ -116,11 +107,12 @@ class _Packer:
         self.tokens += self.dropped
 
     def _cut(self, joined: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Whole blocks, and the rest, which fills none."""
+        """Full blocks, and the tokens at the end that fill none."""
         import numpy as np
 
         bos, none = np.array(self.before, dtype=np.int32), joined[:0]
-        blocks, start = [], 0
+        blocks: list[np.ndarray] = []
+        start = 0
         while start < len(joined):
             # A block that begins with a document has that document's BOS.
             head = none if joined[start] == self.bos else bos
@@ -139,14 +131,11 @@ class _Packer:
 
 
 def forced_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id of the BOS token where the tokenizer puts it in front of every text, else ``None``.
+    """The id of the BOS token if the tokenizer puts it in front of every text, else ``None``.
 
-    What the tokenizer does decides, since servers do the same. LLaMA-Factory 0.9.3 asks for the
-    attribute ``add_bos_token``. Llama 3's tokenizer has no such attribute: its post-processor adds
+    The tokenizer's output decides, as it does for servers. LLaMA-Factory 0.9.3 reads the attribute
+    ``add_bos_token`` instead. Llama 3's tokenizer has no such attribute: its post-processor adds
     BOS, and LLaMA-Factory trains it without.
-
-    Args:
-        tokenizer: The model's.
     """
     first = tokenizer("a")["input_ids"][0]
     return first if first == tokenizer.bos_token_id else None
@@ -155,80 +144,67 @@ def forced_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def pack(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, block_size: int) -> Packed:
     """Joins documents by the end-of-sequence token and cuts blocks, in memory.
 
-    Args:
-        texts: The documents.
-        tokenizer: The model's; where it forces BOS, each document and each block begins with it.
-        block_size: ``cutoff_len``, in tokens; two or more.
+    If the tokenizer forces BOS, each document and each block begins with BOS. ``block_size`` is the
+    recipe's ``cutoff_len``, two or more tokens.
     """
-    packer = _Packer(tokenizer, block_size)
-    blocks = [block for some in packer.blocks(texts) for block in some.tolist()]
+    packer = Packer(tokenizer, block_size)
+    blocks = [block for array in packer.blocks(texts) for block in array.tolist()]
     return Packed(blocks, packer.lengths, packer.dropped)
 
 
 def tokenise(
     corpus: Corpus, tokenizer: PreTrainedTokenizerBase, block_size: int, *, held_out: bool
 ) -> Blocks:
-    """Half a corpus as blocks on the storage, in ``tokenised/``; made once.
-
-    Args:
-        corpus: From :func:`corpora.prepare`.
-        tokenizer: The model's.
-        block_size: ``cutoff_len``, in tokens.
-        held_out: Which half.
-    """
+    """Half a corpus as blocks on the storage, in ``tokenised/``; made once."""
     name = corpus.name + (HELD_OUT if held_out else "")
-    storage = corpus.folder.parent.parent
-    what = [FORM, corpus.sha256, corpus.fraction, held_out, block_size, fingerprint(tokenizer)]
-    folder = storage / "tokenised" / f"{name}-{key_of(what)}"
-    facts = folder / "blocks.json"
-    if facts.is_file():
-        return Blocks(**json.loads(facts.read_text("utf-8")) | {"folder": folder, "name": name})
+    key = [FORMAT, corpus.sha256, corpus.fraction, held_out, block_size, fingerprint(tokenizer)]
+    folder = corpus.folder.parent.parent / "tokenised" / f"{name}-{digest_of(key)}"
+    description = folder / "blocks.json"
+    if description.is_file():
+        values = json.loads(description.read_text("utf-8"))
+        return Blocks(**values | {"folder": folder, "name": name})
     with in_one_piece(folder) as new:
-        packer = _Packer(tokenizer, block_size)
-        written = _arrow(
-            new / "blocks.arrow", packer.blocks(corpora.texts_of(corpus.half(held_out=held_out)))
-        )
-        histogram: dict[str, int] = {}
-        for length in packer.lengths:
-            bucket = str(2 ** max(math.ceil(math.log2(max(length, 1))), 0))
-            histogram[bucket] = histogram.get(bucket, 0) + 1
-        found = Blocks(
+        packer = Packer(tokenizer, block_size)
+        texts = texts_of(corpus.heldout if held_out else corpus.train)
+        count = write_arrow(new / "blocks.arrow", packer.blocks(texts))
+        lengths = Counter(1 << (max(length, 1) - 1).bit_length() for length in packer.lengths)
+        blocks = Blocks(
             name=name,
             folder=folder,
             block_size=block_size,
             documents=len(packer.lengths),
             tokens=packer.tokens,
-            blocks=written,
+            blocks=count,
             dropped=packer.dropped,
-            histogram=dict(sorted(histogram.items(), key=lambda item: int(item[0]))),
+            histogram={str(length): lengths[length] for length in sorted(lengths)},
         )
-        write_json(new / "blocks.json", asdict(found) | {"folder": "", "name": ""})
-    return found
+        write_json(new / "blocks.json", asdict(blocks) | {"folder": "", "name": ""})
+    return blocks
 
 
-def _plain(tokenizer: PreTrainedTokenizerBase) -> Any | None:
-    """The tokenizer proper, without the truncation and padding somebody may have left in it."""
+def _fast_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Any | None:
+    """A copy of the Rust tokenizer without truncation and padding; ``None`` if there is none."""
     from tokenizers import Tokenizer
 
     fast = getattr(tokenizer, "_tokenizer", None)
     if fast is None:
         return None
-    plain = Tokenizer.from_str(fast.to_str())
-    plain.no_truncation()
-    plain.no_padding()
-    return plain
+    copy = Tokenizer.from_str(fast.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A digest of all that decides what a tokenizer makes of a text."""
-    fast = _plain(tokenizer)
+    """A digest of everything that decides how a tokenizer encodes a text."""
+    fast = _fast_tokenizer(tokenizer)
     text = fast.to_str() if fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     special = [tokenizer.eos_token_id, forced_bos(tokenizer)]
     return hashlib.sha256(f"{text}{special}".encode()).hexdigest()
 
 
-def _arrow(path: Path, arrays: Iterator[np.ndarray]) -> int:
-    """Writes blocks as an Arrow stream with the trainer's columns; returns how many."""
+def write_arrow(path: Path, arrays: Iterator[np.ndarray]) -> int:
+    """Writes blocks as an Arrow stream with the trainer's columns; returns their number."""
     import numpy as np
     import pyarrow as pa
 
@@ -249,17 +225,31 @@ def _arrow(path: Path, arrays: Iterator[np.ndarray]) -> int:
     return written
 
 
-def key_of(what: Any) -> str:
-    return hashlib.sha256(json.dumps(what, default=str).encode()).hexdigest()[:16]
+def plot_document_lengths(halves: Iterable[Blocks]) -> Figure:
+    """The distribution of document lengths in each corpus."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
+    for half in halves:
+        shares = [count / half.documents for count in half.histogram.values()]
+        axes.plot(list(half.histogram), shares, "o-", label=half.name)
+    axes.set(xlabel="largest number of tokens in a document", ylabel="share of documents")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
 
 
-def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+def digest_of(values: list) -> str:
+    return hashlib.sha256(json.dumps(values, default=str).encode()).hexdigest()[:16]
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
     batch: list[str] = []
     characters = 0
     for text in texts:
         batch.append(text)
         characters += len(text)
-        if len(batch) == size or characters >= _CHARACTERS:
+        if len(batch) == _BATCH or characters >= _CHARACTERS:
             yield batch
             batch, characters = [], 0
     if batch:
