@@ -10,7 +10,7 @@ import yaml
 from conftest import python
 
 from cpt_helpers import recipes
-from cpt_helpers.config import advice, planning, resolution, validation
+from cpt_helpers.config import findings, hardware, planning, resolution, validation
 from cpt_helpers.data import corpora, mixing, registry, sources
 from cpt_helpers.errors import ConfigError, ParameterError, RunExistsError
 from cpt_helpers.run import PROJECT, Run
@@ -176,7 +176,7 @@ def test_a_corpus_of_ones_own_takes_both_places(resolve) -> None:
         ({"cutoff_len": 0}, r"cutoff_len: 0"),
         ({"ray_num_workers": 0}, r"ray_num_workers: 0"),
         ({"eval_dataset": "nonews"}, r"unknown dataset 'nonews'"),
-        ({"eval_dataset": "gone"}, r"registered, but its file is not there"),
+        ({"eval_dataset": "gone"}, r"registered, but its file is missing"),
         ({"deepspeed": "ds_z4_config.json"}, r"'ds_z4_config.json' does not exist(?s:.*)ds_z3"),
         ({"hf_hub_token": "hf_canary"}, r"holds a secret, hf_hub_token"),
         (
@@ -252,10 +252,9 @@ def test_a_corpus_that_is_too_small() -> None:
 
 
 def test_memory_by_zero_stage() -> None:
-    size = planning.model_size(planning.gemma_3_4b(), "gemma")
+    size = planning.model_size(planning.known_config("gemma-3-4b-pt"), "gemma")
     assert size.parameters == 4_300_079_472  # as published
-    rows = planning.zero_memory(size, workers=4)
-    gib = [row["GiB per worker"] for row in rows]
+    gib = [worker for worker, _ in hardware.deepspeed_estimates(size, workers=4).values()]
     assert gib == sorted(gib, reverse=True), "each stage needs less than the one before"
     assert gib[0] == pytest.approx(20 * size.parameters / 2**30, rel=1e-3)
     assert gib[3] < 24 < 44.98 < gib[0]  # stage 3 fits an L40S, plain data parallelism does not
@@ -312,9 +311,9 @@ def test_templates_that_keep_the_end_token(resolve, tiny_gemma3: Path, tmp_path:
     tokenizer.eos_token = "<end_of_turn>"
     tokenizer.save_pretrained(tmp_path)
     args = {"template": "gemma", "model_name_or_path": str(tmp_path)}
-    assert advice.replaced_end_token(args) is None
+    assert findings.replaced_end_token(args) is None
     hub = args | {"model_name_or_path": "google/gemma-3-4b-pt"}
-    assert advice.replaced_end_token(hub) == ("of the model", "<end_of_turn>")
+    assert findings.replaced_end_token(hub) == ("of the model", "<end_of_turn>")
 
 
 def test_an_evaluation_that_is_missing_and_one_that_is_declined(resolve) -> None:
