@@ -1,8 +1,9 @@
-"""Does the plan's memory agree with what processes show? ``make bench-memory``.
+"""Compares the planned memory with the measured memory of processes. ``make bench-memory``.
 
 Trains a few steps of a model of 3 million parameters and of the default one, under ZeRO 1, 2 and 3,
-with all weights, two layers (freeze) and LoRA, two workers each, and holds each worker's peak
-memory against what ``planning`` said. Writes ``benchmarks/results/memory.json`` and ``memory.md``.
+with all weights, two layers (freeze) and LoRA, on two workers each. Compares each worker's peak
+memory with the estimate of ``config.memory``. Writes ``benchmarks/results/memory.json`` and
+``memory.md``.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ STEPS = 3
 
 
 def measured(storage: Path, name: str, model: str, stage: int, kind: str) -> dict[str, Any]:
-    """One training; a run that is there already is taken as it is."""
+    """One training; an existing run is reused."""
     from cpt_helpers.config import memory, resolution
     from cpt_helpers.data import corpora, mixing
     from cpt_helpers.run import Run
@@ -69,7 +70,7 @@ def measured(storage: Path, name: str, model: str, stage: int, kind: str) -> dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--storage", default="", help="where the runs lie")
+    parser.add_argument("--storage", default="", help="the storage folder of the runs")
     parser.add_argument("--only", default="", help="a part of a row's name, such as tiny or z3")
     given = parser.parse_args()
     from cpt_helpers.run import storage_root
@@ -109,11 +110,11 @@ def table(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
-        said = row["predicted"]["peak"] / 2**20
+        predicted = row["predicted"]["peak"] / 2**20
         seen = [row["steps"] / 2**20, row["workers"][1] / 2**20]  # before the final save
         lines.append(
-            f"| {row['model']} | {row['zero']} | {row['kind']} | {said:,.0f} | "
-            f"{seen[0]:,.0f} | {seen[1]:,.0f} | {2 * said / sum(seen):.2f} |"
+            f"| {row['model']} | {row['zero']} | {row['kind']} | {predicted:,.0f} | "
+            f"{seen[0]:,.0f} | {seen[1]:,.0f} | {2 * predicted / sum(seen):.2f} |"
         )
     return "\n".join(lines) + "\n"
 

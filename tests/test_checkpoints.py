@@ -228,14 +228,14 @@ def test_what_may_change_when_a_run_is_taken_up_again(run: Run) -> None:
     before["per_device_train_batch_size"] = 2
     note(run, {"event": "start", "step": 0, "time": 1.0})
     one = {"ray_num_workers": 1, "gradient_accumulation_steps": 2, "save_steps": 3}
-    resolution._refuse_other_training(run, before, before | one)
+    resolution.refuse_other_training(run, before, before | one)
     with pytest.raises(RunExistsError, match="the global batch was 4, is 2"):
-        resolution._refuse_other_training(run, before, before | {"ray_num_workers": 1})
+        resolution.refuse_other_training(run, before, before | {"ray_num_workers": 1})
     with pytest.raises(RunExistsError, match=r"dataset was 'd', is 'e', max_steps was 9, is 10"):
-        resolution._refuse_other_training(run, before, before | {"max_steps": 10, "dataset": "e"})
+        resolution.refuse_other_training(run, before, before | {"max_steps": 10, "dataset": "e"})
     note(run, {"event": "end", "step": 9, "time": 2.0})
     with pytest.raises(RunExistsError, match="save_steps was 5, is 3"):
-        resolution._refuse_other_training(run, before, before | {"save_steps": 3})
+        resolution.refuse_other_training(run, before, before | {"save_steps": 3})
 
 
 def test_groups_that_differ_in_nothing_are_one() -> None:

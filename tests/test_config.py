@@ -10,8 +10,8 @@ import yaml
 from conftest import python
 
 from cpt_helpers import recipes
-from cpt_helpers.config import advice, planning, resolution, validation
-from cpt_helpers.data import corpora, mixing, sources
+from cpt_helpers.config import findings, hardware, planning, resolution, validation
+from cpt_helpers.data import corpora, mixing, registry, sources
 from cpt_helpers.errors import ConfigError, ParameterError, RunExistsError
 from cpt_helpers.run import PROJECT, Run
 from cpt_helpers.setup.assets import tokenizer_of
@@ -27,7 +27,7 @@ def prepared(storage: Path, corpus: Path, tiny_gemma3: Path) -> Run:
     for name in ("ray_docs", "news"):
         corpora.prepare(name, storage)
     gone = {"gone": {"file_name": "corpora/gone/train.jsonl", "columns": {"prompt": "text"}}}
-    corpora.register(storage / corpora.REGISTRY, gone)
+    registry.register(storage / registry.REGISTRY, gone)
     return Run.open("config-tests", storage)
 
 
@@ -132,10 +132,10 @@ print(json.dumps(found))
 
 
 def test_the_shipped_registry_names_the_built_in_corpora() -> None:
-    shipped = corpora.read_registry(PROJECT / "dataset-configs" / "dataset_info.json")
+    shipped = registry.read_registry(PROJECT / "dataset-configs" / "dataset_info.json")
     assert set(shipped) == {n + s for n in sources.BUILTIN for s in ("", recipes.HELD_OUT)}
     for name in sources.BUILTIN:
-        assert corpora.entries_of(name).items() <= shipped.items()
+        assert registry.entries_of(name).items() <= shipped.items()
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
@@ -176,7 +176,7 @@ def test_a_corpus_of_ones_own_takes_both_places(resolve) -> None:
         ({"cutoff_len": 0}, r"cutoff_len: 0"),
         ({"ray_num_workers": 0}, r"ray_num_workers: 0"),
         ({"eval_dataset": "nonews"}, r"unknown dataset 'nonews'"),
-        ({"eval_dataset": "gone"}, r"registered, but its file is not there"),
+        ({"eval_dataset": "gone"}, r"registered, but its file is missing"),
         ({"deepspeed": "ds_z4_config.json"}, r"'ds_z4_config.json' does not exist(?s:.*)ds_z3"),
         ({"hf_hub_token": "hf_canary"}, r"holds a secret, hf_hub_token"),
         (
@@ -252,10 +252,9 @@ def test_a_corpus_that_is_too_small() -> None:
 
 
 def test_memory_by_zero_stage() -> None:
-    size = planning.model_size(planning.gemma_3_4b(), "gemma")
+    size = planning.model_size(planning.known_config("gemma-3-4b-pt"), "gemma")
     assert size.parameters == 4_300_079_472  # as published
-    rows = planning.zero_memory(size, workers=4)
-    gib = [row["GiB per worker"] for row in rows]
+    gib = [worker for worker, _ in hardware.deepspeed_estimates(size, workers=4).values()]
     assert gib == sorted(gib, reverse=True), "each stage needs less than the one before"
     assert gib[0] == pytest.approx(20 * size.parameters / 2**30, rel=1e-3)
     assert gib[3] < 24 < 44.98 < gib[0]  # stage 3 fits an L40S, plain data parallelism does not
@@ -312,9 +311,9 @@ def test_templates_that_keep_the_end_token(resolve, tiny_gemma3: Path, tmp_path:
     tokenizer.eos_token = "<end_of_turn>"
     tokenizer.save_pretrained(tmp_path)
     args = {"template": "gemma", "model_name_or_path": str(tmp_path)}
-    assert advice.replaced_end_token(args) is None
+    assert findings.replaced_end_token(args) is None
     hub = args | {"model_name_or_path": "google/gemma-3-4b-pt"}
-    assert advice.replaced_end_token(hub) == ("of the model", "<end_of_turn>")
+    assert findings.replaced_end_token(hub) == ("of the model", "<end_of_turn>")
 
 
 def test_an_evaluation_that_is_missing_and_one_that_is_declined(resolve) -> None:
@@ -347,16 +346,3 @@ def test_what_runs_share_cannot_name_a_run(tmp_path: Path, corpus: Path, tiny_ge
         with pytest.raises(ParameterError, match="cannot name a run"):
             Run.open(name, tmp_path)
     assert Run.open("tokenised-2", tmp_path).folder.name == "tokenised-2"
-
-
-def test_blocks_of_another_length_or_without_a_held_out_set(resolve, tmp_path: Path) -> None:
-    """LLaMA-Factory reads the blocks as they are, and ignores what the recipe says of them."""
-    record = {"block_size": 128, "heldout_blocks": {"ray_docs_heldout": 9}}
-    (tmp_path / "mix.json").write_text(json.dumps(record))
-    blocks = {"tokenized_path": str(tmp_path)}
-    with pytest.raises(ConfigError, match="cutoff_len is 256, and the blocks have 128 tokens"):
-        resolve(**blocks, eval_dataset="ray_docs_heldout")
-    with pytest.raises(ConfigError, match="news_heldout would not be measured"):
-        resolve(**blocks, cutoff_len=128)
-    off = {"eval_strategy": "no", "eval_on_start": False}
-    assert resolve(**blocks, **off, cutoff_len=128).args["cutoff_len"] == 128

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from cpt_helpers import recipes
 from cpt_helpers.__main__ import main
-from cpt_helpers.config import flops, forecast, memory, planning
+from cpt_helpers.config import flops, hardware, memory, planning
 from cpt_helpers.errors import ParameterError
 from cpt_helpers.setup import models
 
@@ -32,7 +32,7 @@ def args(tiny_gemma3: Path) -> dict:
 @pytest.fixture(scope="module")
 def gemma() -> tuple[dict, memory.Shape]:
     recipe = recipes.read_recipe("cpt_deepspeed.yaml")[1] | {"deepspeed": Z3}
-    return recipe, memory.shape_of(recipe, planning.gemma_3_4b())
+    return recipe, memory.shape_of(recipe, planning.known_config("gemma-3-4b-pt"))
 
 
 LAYERS = 6
@@ -137,11 +137,54 @@ def test_windows_are_narrower(args: dict) -> None:
     assert ours + hidden == pytest.approx(seen, rel=0.02)
 
 
+MIXTURES = {
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96,
+        "shared_expert_intermediate_size": 64,
+    },
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_mixture_of_experts_has_a_plan(family: str) -> None:
+    """Its activations are those of a dense model as wide as the experts of one token."""
+    config = decoder(family, **MIXTURES[family])
+    args = recipes.Recipe(model_name_or_path=family, cutoff_len=32, finetuning_type="full")
+    shape = memory.shape_of(args, config)
+    peak = memory.of_worker(args, shape)
+    width = {"mixtral": 2 * 128, "qwen2_moe": 2 * 96 + 64, "qwen3_moe": 2 * 96}[family]
+    dense = decoder({"mixtral": "mistral"}.get(family, family[:5]), intermediate_size=width)
+    expected = memory.activations(args, memory.shape_of(args, dense))
+    assert peak.activations == pytest.approx(expected, rel=0.02)
+    assert len(hardware.memory_table(args, shape)) == 5
+
+
+def test_the_plan_freezes_what_the_training_freezes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts with the number of a trained layer stay frozen in all other layers."""
+    from llamafactory.hparams import FinetuningArguments
+    from llamafactory.model import adapter
+
+    from cpt_helpers.train import patches
+
+    config = decoder("mixtral", num_local_experts=8, num_experts_per_tok=2)
+    size = planning.model_size(config, "mixtral", METHODS["freeze"])
+    model = models.empty(config)
+    monkeypatch.setattr(adapter, "_setup_freeze_tuning", adapter._setup_freeze_tuning)
+    patches.freeze_whole_layers()
+    arguments = FinetuningArguments(finetuning_type="freeze", freeze_trainable_layers=2)
+    adapter._setup_freeze_tuning(model, arguments, True, False)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert size.trained == sum(p.numel() for p in trained.values())
+    assert {name.split(".")[2] for name in trained} == {"4", "5"}
+
+
 def test_frozen_layers_and_images_cost_less(gemma: tuple[dict, memory.Shape]) -> None:
     """Gemma-3-4B: text passes 3.88e9 of its 4.3e9 parameters; eight layers' backward is short."""
     recipe, shape = gemma
     freeze = recipe | {"finetuning_type": "freeze", "freeze_trainable_layers": 8}
-    other = memory.shape_of(freeze, planning.gemma_3_4b()).size
+    other = memory.shape_of(freeze, planning.known_config("gemma-3-4b-pt")).size
     assert shape.size.text == shape.size.backward.reached == shape.size.trained == 3_880_263_168
     assert other.text == shape.size.text and other.backward.lowest == 26
     both = [
@@ -227,31 +270,29 @@ def test_scores_are_those_a_real_pass_holds(family: str, dtype: str) -> None:
     assert peaks[False] < 1.03 * ours
 
 
-def test_states_beside_deepspeeds_estimate(gemma: tuple[dict, memory.Shape]) -> None:
+def test_states_next_to_deepspeeds_estimate(gemma: tuple[dict, memory.Shape]) -> None:
     """All weights in 16 bits: 1 and 2 agree; 3 counts the 16-bit gradients' shard too."""
     recipe, shape = gemma
     n = shape.size.parameters
-    whole = memory.Shape(
-        planning.ModelSize("all", n, shape.size.largest_layer, n),
-        shape.vocabulary, shape.hidden, shape.layers, shape.config,
-    )  # fmt: skip
-    estimates = {row["ZeRO"]: row["GiB per worker"] for row in planning.zero_memory(whole.size, 4)}
-    rows = {row["ZeRO"]: row["model states"] for row in forecast.memory_rows(recipe, whole)}
-    assert rows["1"] == pytest.approx(estimates["1"], abs=0.02)
-    assert rows["2"] == pytest.approx(estimates["2"], abs=0.02)
+    size = planning.ModelSize("all", n, shape.size.largest_layer, n)
+    whole = memory.Shape(size, shape.config)
+    estimates = hardware.deepspeed_estimates(size, 4)
+    states = hardware.memory_table(recipe, whole).set_index("ZeRO")["model states"]
+    assert states["1"] == pytest.approx(estimates["1"][0], abs=0.02)
+    assert states["2"] == pytest.approx(estimates["2"][0], abs=0.02)
     sharded_gradients = 2 * n / 4 / 2**30
-    assert rows["3"] == pytest.approx(estimates["3"] + sharded_gradients, abs=0.02)
+    assert states["3"] == pytest.approx(estimates["3"][0] + sharded_gradients, abs=0.02)
 
 
 def test_what_fits_and_what_to_change(gemma: tuple[dict, memory.Shape]) -> None:
     recipe, shape = gemma
-    (as_it_is,) = forecast.fits(recipe, shape, "L40S")
+    (as_it_is,) = hardware.fits(recipe, shape, "L40S")
     assert as_it_is.fits and as_it_is.change == ""
-    tried = forecast.fits(recipe, shape, "L4")
+    tried = hardware.fits(recipe, shape, "L4")
     assert not tried[0].fits and tried[-1].fits
     assert "ds_z3_offload" in tried[-1].change
     wasteful = recipe | {"per_device_train_batch_size": 16}
-    first, second, *_ = forecast.fits(wasteful, shape, "L40S")
+    first, second, *_ = hardware.fits(wasteful, shape, "L40S")
     assert not first.fits
     assert second.change == "per_device_train_batch_size: 1, gradient_accumulation_steps: 32"
     assert second.memory.peak == as_it_is.memory.peak
@@ -260,12 +301,12 @@ def test_what_fits_and_what_to_change(gemma: tuple[dict, memory.Shape]) -> None:
 
 def test_hours_and_price(gemma: tuple[dict, memory.Shape]) -> None:
     recipe, shape = gemma
-    (known,) = forecast.cost(recipe, shape, 2_156_000, "L40S", price_per_hour=36.0)
+    (known,) = hardware.cost(recipe, shape, 2_156_000, "L40S", price_per_hour=36.0)
     assert known.hours == pytest.approx(1000 / 3600) and known.price == pytest.approx(10.0)
-    slow, fast = forecast.cost(recipe, shape, 1000, "H100")
+    slow, fast = hardware.cost(recipe, shape, 1000, "H100")
     assert slow.hours > 10 * fast.hours
-    assert forecast.cost(recipe, shape, 1000, None) == []
-    (told,) = forecast.cost(recipe, shape, 7200, None, tokens_per_second=2.0)
+    assert hardware.cost(recipe, shape, 1000, None) == []
+    (told,) = hardware.cost(recipe, shape, 7200, None, tokens_per_second=2.0)
     assert told.hours == 1.0
 
 
@@ -289,28 +330,28 @@ def test_a_measured_speed_holds_for_what_was_measured(
     gemma: tuple[dict, memory.Shape], other: dict
 ) -> None:
     recipe, shape = gemma
-    assert len(forecast.cost(recipe, shape, 1000, "L40S")) == 1
-    bounds = forecast.cost(recipe | other, shape, 1000, "L40S")
+    assert len(hardware.cost(recipe, shape, 1000, "L40S")) == 1
+    bounds = hardware.cost(recipe | other, shape, 1000, "L40S")
     assert len(bounds) == 2 and not any("the guide's settings" in b.source for b in bounds)
 
 
 def test_memory_that_stays_unused(gemma: tuple[dict, memory.Shape]) -> None:
     recipe, shape = gemma
-    found = forecast.unused(recipe, shape, "L40S")
+    found = hardware.unused(recipe, shape, "L40S")
     assert found.changes == {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
     assert "with the same global batch; there is room for" in str(found)
     room = found.free + memory.of_worker(recipe, shape).peak
     for blocks, fits in ((found.largest, True), (found.largest + 1, False)):
         changed = recipe | {"per_device_train_batch_size": blocks}
         peak = memory.of_worker(changed, shape).peak
-        assert (peak <= forecast.FILLED * room) is fits
-    long = forecast.unused(recipe | {"gradient_accumulation_steps": 12}, shape, "L40S")
+        assert (peak <= hardware.FILLED * room) is fits
+    long = hardware.unused(recipe | {"gradient_accumulation_steps": 12}, shape, "L40S")
     assert long.changes == {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2}
     assert long.peak == memory.of_worker(recipe | long.changes, shape).peak
-    alone = forecast.unused(recipe | {"gradient_accumulation_steps": 1}, shape, "L40S")
+    alone = hardware.unused(recipe | {"gradient_accumulation_steps": 1}, shape, "L40S")
     assert not alone.changes and "fewer workers" in str(alone)
     full = recipe | {"per_device_train_batch_size": found.largest}
-    assert forecast.unused(full, shape, "L40S") is None
+    assert hardware.unused(full, shape, "L40S") is None
 
 
 def test_offloaded_states_and_gradients_are_on_the_host(gemma: tuple[dict, memory.Shape]) -> None:
@@ -318,7 +359,7 @@ def test_offloaded_states_and_gradients_are_on_the_host(gemma: tuple[dict, memor
     recipe, shape = gemma
     file = str(recipes.DEEPSPEED_CONFIGS / "ds_z3_offload_config.json")
     one = memory.of_worker(recipe | {"deepspeed": file, "ray_num_workers": 1}, shape)
-    estimate = planning.zero_memory(shape.size, 1)[-1]["GiB of host memory"] * 2**30
+    estimate = hardware.deepspeed_estimates(shape.size, 1)["3 + offload"][1] * 2**30
     assert one.host == pytest.approx(estimate, rel=0.03)
     assert one.weights == one.gradients == one.optimizer == 0
 
@@ -347,8 +388,8 @@ def test_devices_by_name(name: str, key: str | None) -> None:
 
 def test_a_gpu_nobody_knows(gemma: tuple[dict, memory.Shape]) -> None:
     with pytest.raises(ParameterError, match="unknown GPU 'L41'"):
-        forecast.gpu_of(gemma[0], "L41")
-    assert forecast.gpu_of(gemma[0]) == "L40S"
+        hardware.gpu_of(gemma[0], "L41")
+    assert hardware.gpu_of(gemma[0]) == "L40S"
 
 
 def test_the_plan_in_words(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -360,7 +401,7 @@ def test_the_plan_in_words(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     assert "L40S, 44.4 GiB: fits" in said
     assert "warning: 47 % of an L40S is unused" in said
     assert "per_device_train_batch_size: 2, gradient_accumulation_steps: 1 would use" in said
-    assert "7 minutes, 1.27 at 12 an hour" in said  # 819,200 tokens at 4 x 539 a second
+    assert "7 minutes, 1.27 at 12 per hour" in said  # 819,200 tokens at 4 x 539 a second
     assert main(["plan", "cpt_deepspeed.yaml", "--gpu", "L4", "--storage", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "does not fit" in said and "fits with" in said and "known once step 2" in said
@@ -369,7 +410,8 @@ def test_the_plan_in_words(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
 
 def test_what_each_method_trains(gemma: tuple[dict, memory.Shape]) -> None:
     recipe, shape = gemma
-    rows = {row[""]: row for row in forecast.methods(recipe | {"lora_rank": 999}, 20)}
+    table = hardware.methods(recipe | {"lora_rank": 999}, 20)
+    rows = table.set_index("method").to_dict("index")
     trained = {m: int(row["parameters trained"].replace(",", "")) for m, row in rows.items()}
     assert trained["full"] == shape.size.trained
     # A layer: four attention matrices, three of the MLP, four norms of the width, two of the heads.
@@ -378,9 +420,9 @@ def test_what_each_method_trains(gemma: tuple[dict, memory.Shape]) -> None:
     # Rank 16 beside each of the seven matrices: its inputs and its outputs.
     ends = 2 * (2560 + 2048) + 2 * (2560 + 1024) + 3 * (2560 + 10240)
     assert trained["lora"] == 34 * 16 * ends
-    memory_of = [rows[m]["GiB a worker"] for m in ("full", "freeze", "lora")]
+    memory_of = [rows[m]["GiB per worker"] for m in ("full", "freeze", "lora")]
     assert memory_of == sorted(memory_of, reverse=True)
     # Gathered weights, the trained ones' states, and the frozen ones in the shards; bf16.
     frozen = shape.size.parameters - trained["freeze"]
     expected = 2 * shape.size.parameters + 12 * trained["freeze"] + 2 * frozen
-    assert rows["freeze"]["GiB a checkpoint"] == pytest.approx(expected / 2**30, rel=1e-3)
+    assert rows["freeze"]["GiB per checkpoint"] == pytest.approx(expected / 2**30, rel=1e-3)

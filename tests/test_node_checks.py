@@ -13,7 +13,7 @@ from conftest import python
 from nodes import Node, cluster
 
 from cpt_helpers import recipes
-from cpt_helpers.config import node_checks
+from cpt_helpers.config import node_checks, preflight
 from cpt_helpers.config.node_checks import Toolkit
 
 OFFLOAD = str(recipes.DEEPSPEED_CONFIGS / "ds_z3_offload_config.json")
@@ -123,10 +123,10 @@ def test_cores_for_an_optimizer_on_the_host(
     head = {"Alive": True, "Resources": {"CPU": 4}}
     ray = SimpleNamespace(nodes=lambda: [head, node, node | {"Alive": False}])
     args = recipes.Recipe(deepspeed=deepspeed, resources_per_worker=asked)
-    given = node_checks.with_cores(ray, args)
+    given = preflight.with_cores(ray, args)
     assert given["resources_per_worker"] == (share or asked)
     assert (given is args) == (share is None or asked == share)
-    assert node_checks.with_cores(ray, args | {"use_cpu": True})["resources_per_worker"] == asked
+    assert preflight.with_cores(ray, args | {"use_cpu": True})["resources_per_worker"] == asked
 
 
 def test_gpu_nodes_of_a_cluster(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from cpt_helpers.errors import (
     UnreadyError,
 )
 from cpt_helpers.run import PROJECT, Run
-from cpt_helpers.setup import ray_cluster
+from cpt_helpers.setup.cluster import ray_cluster
 from cpt_helpers.train import launch, worker_env
 
 RECIPES = sorted((PROJECT / "train-configs").glob("*.yaml"))
@@ -86,7 +86,7 @@ def refused(run: Run, tiny: Path, overrides: dict) -> str:
         ({"use_cpu": False}, "ask for no GPU"),
         ({"resources_per_worker": {"GPU": 1}}, "each worker asks for a GPU"),
         ({"do_train": False}, "nothing would be trained"),
-        ({"eval_strategy": "epoch", "eval_dataset": None}, "nothing to measure on"),
+        ({"eval_strategy": "epoch", "eval_dataset": None}, "without a held-out set"),
         ({"template": "no_such"}, "template: 'no_such' is not known"),
         ({"val_size": 0.1}, "LLaMA-Factory refuses the recipe"),
         ({"streaming": True, "max_steps": None}, "LLaMA-Factory refuses the recipe"),
@@ -161,7 +161,7 @@ def test_ray_trains_second_implementation_is_refused(
 import json, os
 from pathlib import Path
 from cpt_helpers import recipes
-from cpt_helpers.setup import cluster
+from cpt_helpers.setup.cluster import ray_cluster
 from cpt_helpers.config import preflight
 from cpt_helpers.run import Run
 run = Run("preflight", Path({str(run.storage)!r}))
@@ -179,7 +179,7 @@ def test_several_faults_are_told_at_once(run: Run, tiny_gemma3: Path) -> None:
     message = refused(
         run, tiny_gemma3, {"eval_dataset": "nowhere", "ddp_timeout": 180000000, "do_train": False}
     )
-    assert "3 things are wrong" in message
+    assert "the recipe has 3 errors" in message
     assert (
         "nowhere" in message and "ddp_timeout" in message and "nothing would be trained" in message
     )
@@ -200,7 +200,7 @@ def test_sizes_in_deepspeeds_file(run: Run, tiny_gemma3: Path, tmp_path: Path) -
     mine = tmp_path / "ds.json"
     mine.write_text(json.dumps(settings | {"train_micro_batch_size_per_gpu": 16}))
     message = refused(run, tiny_gemma3, {"deepspeed": str(mine)})
-    assert "train_micro_batch_size_per_gpu: 16, the recipe comes to 4" in message
+    assert "train_micro_batch_size_per_gpu: 16, and the recipe has 4" in message
 
 
 def test_all_is_well(run: Run, args: dict, ray) -> None:
@@ -208,7 +208,7 @@ def test_all_is_well(run: Run, args: dict, ray) -> None:
         findings = preflight.look(run, args, ray)
     assert all(finding.error is None for finding in findings), findings
     assert {"model", "disk", "tracking", "placement"} <= {f.subject for f in findings}
-    assert any(f.subject.startswith("node ") and "same packages" in f.said for f in findings)
+    assert any(f.subject.startswith("node ") and "same packages" in f.result for f in findings)
     assert not list(run.storage.glob(".preflight*"))
 
 
@@ -230,7 +230,7 @@ def test_other_work_takes_the_room(run: Run, args: dict, ray) -> None:
     other = Other.remote()
     assert ray.get(other.there.remote())
     everything = args | {"ray_num_workers": int(ray.cluster_resources()["CPU"])}
-    with in_time(), pytest.raises(UnreadyError, match="other jobs use the cluster"):
+    with in_time(), pytest.raises(UnreadyError, match="other work takes the room"):
         preflight.placement(ray, everything)
     ray.kill(other)
 
@@ -239,13 +239,13 @@ def test_a_file_that_is_gone(run: Run, args: dict, ray) -> None:
     gone = args | {"tokenized_path": str(run.storage / "tokenised" / "gone")}
     with in_time():
         findings = preflight.nodes(run, gone, ray)
-    assert any("cannot read what the workers need" in str(f.error) for f in findings)
+    assert any("cannot read a file that the workers need" in str(f.error) for f in findings)
     with pytest.raises(CptError, match="run notebooks 01 and 02"):
         preflight.raise_if_wrong(findings)
 
 
 def test_a_model_that_is_not_there(run: Run, args: dict, tmp_path: Path) -> None:
-    with in_time(), pytest.raises(AssetError, match="the model is not there"):
+    with in_time(), pytest.raises(AssetError, match="the model is missing"):
         preflight.model(args | {"model_name_or_path": str(tmp_path / "nothing")})
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
@@ -278,7 +278,7 @@ def test_nodes_that_are_not_alike(run: Run, args: dict, tmp_path: Path) -> None:
 import json, time
 from pathlib import Path
 from cpt_helpers import recipes
-from cpt_helpers.setup import cluster
+from cpt_helpers.setup.cluster import ray_cluster
 from cpt_helpers.config import preflight
 from cpt_helpers.run import Run
 run = Run("preflight", Path({str(run.storage)!r}))
@@ -287,7 +287,7 @@ with cluster.ray_cluster() as ray:
     since = time.monotonic()
     findings = preflight.nodes(run, args, ray)
     seconds = time.monotonic() - since
-print(json.dumps([seconds, [[f.subject, f.said, str(f.error or "")] for f in findings]]))
+print(json.dumps([seconds, [[f.subject, f.result, str(f.error or "")] for f in findings]]))
 """
     with cluster(1, lacking, alone) as address:
         seconds, findings = python(code, RAY_ADDRESS=address)
@@ -301,9 +301,9 @@ print(json.dumps([seconds, [[f.subject, f.said, str(f.error or "")] for f in fin
     )
     (head,) = (text for text in said.values() if text not in (second, third))
     assert not head
-    assert "cannot read what the workers need" in second and "(the driver can)" in second
+    assert "cannot read a file that the workers need" in second and "(the driver can)" in second
     assert "accelerate 9.9.9 (here " in second
-    assert "another folder at the place of the storage" in third
+    assert "another folder at the storage's path" in third
 
 
 def test_gpus_too_small(run: Run, tmp_path: Path) -> None:
@@ -311,10 +311,11 @@ def test_gpus_too_small(run: Run, tmp_path: Path) -> None:
     code = f"""
 import json, time
 from cpt_helpers import recipes
-from cpt_helpers.config import forecast, preflight
-from cpt_helpers.setup import cluster
+from cpt_helpers.config import planning, preflight
+from cpt_helpers.setup.cluster import ray_cluster
 from cpt_helpers.errors import UnreadyError
-forecast.memory.model_size(forecast.planning.smollm2_135m(), "the libraries are loaded")
+model = planning.known_config("SmolLM2-135M-Instruct")
+planning.model_size(model, "the libraries are loaded")
 args = recipes.read_recipe("cpt_deepspeed.yaml")[1]
 args |= {{"deepspeed": {str(PROJECT / "deepspeed-configs" / "ds_z2_config.json")!r}}}
 with cluster.ray_cluster() as ray:
@@ -338,8 +339,8 @@ def test_labels_of_gpus(run: Run) -> None:
     code = f"""
 import json
 from cpt_helpers import recipes
-from cpt_helpers.config import forecast, preflight
-from cpt_helpers.setup import cluster
+from cpt_helpers.config import preflight
+from cpt_helpers.setup.cluster import ray_cluster
 from cpt_helpers.errors import UnreadyError
 args = recipes.read_recipe("cpt_4xA100-40G.yaml")[1] | {{"ray_num_workers": 1}}
 asked = [args, args | {{"resources_per_worker": {{"GPU": 1, "accelerator_type:A100-40G": 0.001}}}}]
@@ -491,7 +492,7 @@ def test_the_dry_run_of_every_recipe(
     on_cpu = "use_cpu: true" in recipe.read_text()
     assert code == (0 if on_cpu else 1), said
     assert "as it would be" in said and "zero_optimization" in said and "one step" in said
-    assert "nothing was launched" in said and "what was looked at" in said
+    assert "nothing was launched" in said and "# findings" in said
     assert on_cpu or "cannot be placed" in said
     assert not list(tmp_path.iterdir()), "nothing may be written"
 
@@ -563,7 +564,7 @@ def test_the_guides_own_recipe_is_warned_of(
     storage = tmp_path / "storage"
     given = ["--config", str(tmp_path / "guide.yaml"), "--storage", str(storage)]
     assert main(["train", "--dry-run", "--run", "guide", *given]) == 1, "no GPU, and ddp_timeout"
-    said = capsys.readouterr().out.split("# what was looked at")[1]
+    said = capsys.readouterr().out.split("# findings")[1]
     for what, line in WARNED.items():
         (warning,) = (part for part in said.split("\n! ") if what in part)
         assert "guide.yaml" in warning and "expected:" in warning and f"do:       {line}" in warning
@@ -590,13 +591,12 @@ def test_warnings_stop_nothing(
     assert "nothing to fix, 5 warnings" in capsys.readouterr().out
     warned = Run.open("warned", run.storage)
     resolved = resolution.resolve(warned, str(mine), {}, "handbook")
-    findings = preflight.warned(resolved.warnings) + preflight.look(warned, resolved.args | {
-        "deepspeed": str(resolved.deepspeed)}, ray)  # fmt: skip
-    preflight.raise_if_wrong(findings)
-    table = preflight.table(findings)
+    capsys.readouterr()
+    resolution.write(warned, resolved)
+    table = preflight.check(warned, resolved).table()
+    assert capsys.readouterr().out.count("! recipe: ") == 5
     assert list(table["level"])[:5] == ["warning"] * 5 and set(table["level"][5:]) == {"note"}
     assert all(table["do"][:5]) and not any(table["do"][5:])
-    resolution.write(warned, resolved)
     preflight.before_launch(warned, recipes.load(warned))
     said = capsys.readouterr().out
     assert said.count("! recipe: ") == 5 and f"{warned.train_yaml}:" in said

@@ -1,248 +1,232 @@
-"""What a run would be, without running it: ``plan`` and ``--dry-run``."""
+"""The commands ``plan`` and ``--dry-run``: a run's files, plan and findings, without running it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .. import recipes
-from ..data import sources as corpora
+from ..data import sources
 from ..errors import ConfigError, CptError, DataError
 from ..notebook import as_overrides
 from ..recipes import HELD_OUT, Recipe
 from ..run import Run
 from ..setup import assets, cluster
-from . import flops, forecast, planning, preflight, resolution
-from .forecast import USABLE
-from .preflight import Finding
+from . import flops, hardware, memory, planning, preflight, resolution
+from .findings import Finding, Findings, warned
 
 
 def dry_run(arguments: Any) -> int:
-    """``--dry-run``: the resolved files, the plan and every finding; launches and writes nothing.
+    """``--dry-run``: prints the resolved files, the plan and every finding; writes nothing.
 
     Returns:
-        0 where nothing was found wrong, else 1; warnings do not count.
+        0 without errors, else 1; warnings do not count.
     """
     import yaml
 
-    run = Run.open(arguments.run, arguments.storage)
-    recipe = arguments.config or recipes.DEFAULT_RECIPE
     given = as_overrides(getattr(arguments, "parameters", ""))
-    overrides = as_overrides(arguments.overrides or given.get("OVERRIDES", {}))
-    corpus = arguments.corpus or given.get("CORPUS") or recipes.corpus_of(recipe, overrides)
-    resolved, findings = examine(run, recipe, overrides, corpus)
+    run, resolved, findings = examine(
+        arguments,
+        arguments.config,
+        arguments.overrides or given.get("OVERRIDES", {}),
+        arguments.corpus or given.get("CORPUS"),
+    )
     text = yaml.safe_dump(dict(resolved.args), sort_keys=False)
     print(f"# {run.train_yaml}, as it would be\n{text}")
     if resolved.deepspeed:
         print(f"# {run.config_dir / resolved.deepspeed.name}\n{resolved.deepspeed.read_text()}")
-    args = _readable(resolved)
+    args = resolved.readable
     try:
-        print(_plan_in_words(run, args, blocks_of(run, args)))
+        print(plan_text(args, _blocks(run)))
     except CptError as error:
         findings.append(Finding("plan", error.what, error))
     try:
         with cluster.ray_cluster() as ray:
-            findings += _later(preflight.look(run, args, ray), run, args)
+            findings += _without_missing_model(preflight.look(run, args, ray), run, args)
     except CptError as error:
         findings.append(Finding("cluster", error.what, error))
-    print("# what was looked at")
-    for finding in findings:
-        print(finding)
+    print("# findings", *findings, sep="\n")
     levels = [finding.level for finding in findings]
-    wrong, warned = levels.count("error"), levels.count("warning")
+    errors, warnings = levels.count("error"), levels.count("warning")
     print(
-        f"\nnothing was launched; {wrong or 'nothing'} to fix, {warned or 'no'} "
-        f"warning{'s' * (warned != 1)}"
+        f"\nnothing was launched; {errors or 'nothing'} to fix, {warnings or 'no'} "
+        f"warning{'s' * (warnings != 1)}"
     )
-    return 1 if wrong else 0
-
-
-def examine(
-    run: Run, recipe: str, overrides: dict[str, Any], corpus: str
-) -> tuple[resolution.Resolved, list[Finding]]:
-    """A recipe resolved as far as it can be, and what is wrong with it.
-
-    A corpus that step 2 has yet to read is no fault where it can be found.
-
-    Raises:
-        ConfigError: It has keys or values that nothing can be made of.
-    """
-    source = corpora.find(corpus)
-    blocks = None
-    if run.step_json("02_data").is_file():
-        blocks = run.read_step("02_data")["data"]["tokenized_path"]
-    resolved = resolution.resolve(run, recipe, overrides, source.name, blocks, examine=True)
-    findings = []
-    for problem in resolved.problems:
-        name = _unprepared(problem)
-        findings.append(
-            Finding("corpus", f"{name} will be read by step 2")
-            if name and _can_be_found(name, source.name)
-            else Finding("recipe", problem.what, problem)
-        )
-    if not any(finding.error for finding in findings):
-        findings.append(Finding("recipe", "every key is known, and none contradicts another"))
-    findings += preflight.warned(resolved.warnings)
-    return resolved, list(dict.fromkeys(findings))
-
-
-def _unprepared(problem: ConfigError) -> str | None:
-    """The corpus that a problem says is not there yet."""
-    for start in ("unknown dataset '", "the dataset '"):
-        if problem.what.startswith(start):
-            return problem.what.removeprefix(start).split("'")[0].removesuffix(HELD_OUT)
-    return None
-
-
-def _can_be_found(name: str, given: str) -> bool:
-    if name == given:
-        return True  # it was found above
-    try:
-        return corpora.find(name).name == name
-    except DataError:
-        return False
-
-
-def _readable(resolved: resolution.Resolved) -> Recipe:
-    """Its arguments, DeepSpeed's file where it lies now: the run's copy is not written yet."""
-    file = {"deepspeed": str(resolved.deepspeed)} if resolved.deepspeed else {}
-    return resolved.args | file
-
-
-def _later(findings: list[Finding], run: Run, args: Recipe) -> list[Finding]:
-    """Those findings without what steps 1 and 2 will still bring."""
-    model = Path(str(args["model_name_or_path"]))
-    coming = model.parent == run.storage / "models" and model.name in assets.MODELS
-    kept = []
-    for finding in findings:
-        if finding.error and coming and not model.exists() and str(model) in finding.error.where:
-            if finding.subject == "model":
-                kept.append(Finding("model", f"{model.name} will be fetched by step 1"))
-            continue
-        kept.append(finding)
-    return kept
-
-
-def blocks_of(run: Run, args: Recipe, tokens: int | None = None) -> int | None:
-    """Blocks to train on: of step 2's results, or of a number of tokens; ``None`` if unknown."""
-    if tokens is not None:
-        return tokens // args.block_size
-    if run.step_json("02_data").is_file():
-        return run.read_step("02_data")["data"]["blocks"]
-    return None
+    return 1 if errors else 0
 
 
 def plan(arguments: Any, speed: float | None) -> int:
-    """``python -m cpt_helpers plan RECIPE``: steps, tokens, memory, disk, hours and price.
+    """``plan``: prints steps, tokens, memory, disk, hours and price.
 
     Args:
-        arguments: Of the command.
-        speed: Tokens a second over all workers, where it was measured.
+        arguments: The command's arguments.
+        speed: Measured tokens per second of all workers.
 
     Returns:
-        0 where no error was found, else 1.
+        0 without errors, else 1.
     """
-    run = Run.open(arguments.run, arguments.storage)
-    recipe = arguments.recipe or arguments.config or recipes.DEFAULT_RECIPE
-    overrides = as_overrides(arguments.overrides)
-    corpus = arguments.corpus or recipes.corpus_of(recipe, overrides)
-    resolved, findings = examine(run, recipe, overrides, corpus)
-    args = _readable(resolved)
-    blocks = blocks_of(run, args, arguments.tokens)
-    print(_plan_in_words(run, args, blocks, arguments.gpu, speed, arguments.price))
+    recipe = arguments.recipe or arguments.config
+    run, resolved, findings = examine(arguments, recipe, arguments.overrides, arguments.corpus)
+    args = resolved.readable
+    blocks = _blocks(run) if arguments.tokens is None else arguments.tokens // args.block_size
+    print(plan_text(args, blocks, arguments.gpu, speed, arguments.price))
     for finding in findings:
         if finding.level != "note":
             print(f"\n{finding}")
     return 1 if any(finding.error for finding in findings) else 0
 
 
-def _plan_in_words(
-    run: Run,
+def examine(
+    arguments: Any, recipe: str, overrides: Any, corpus: str | None
+) -> tuple[Run, resolution.Resolved, Findings]:
+    """Resolves a recipe as far as possible, and finds its errors and warnings.
+
+    A corpus that step 2 has not read yet is no error if it can be found.
+
+    Raises:
+        ConfigError: The recipe has unknown keys, or values of the wrong type.
+    """
+    run = Run.open(arguments.run, arguments.storage)
+    recipe, overrides = recipe or recipes.DEFAULT_RECIPE, as_overrides(overrides)
+    source = sources.find(corpus or recipes.corpus_of(recipe, overrides))
+    prepared = run.step_json("02_data").is_file()
+    blocks = run.read_step("02_data")["data"]["tokenized_path"] if prepared else None
+    resolved = resolution.resolve(run, recipe, overrides, source.name, blocks, examine=True)
+    findings = Findings()
+    for problem in resolved.problems:
+        name = _unprepared(problem)
+        findings.append(
+            Finding("corpus", f"{name} will be read by step 2")
+            if name and (name == source.name or _can_be_found(name))
+            else Finding("recipe", problem.what, problem)
+        )
+    if not any(finding.error for finding in findings):
+        findings.append(Finding("recipe", "every key is known, and there is no contradiction"))
+    unique = dict.fromkeys([*findings, *warned(resolved.warnings)])
+    return run, resolved, Findings(unique)
+
+
+def _unprepared(problem: ConfigError) -> str | None:
+    """The corpus of an error about a missing dataset."""
+    for start in ("unknown dataset '", "the dataset '"):
+        if problem.what.startswith(start):
+            return problem.what.removeprefix(start).split("'")[0].removesuffix(HELD_OUT)
+    return None
+
+
+def _can_be_found(name: str) -> bool:
+    try:
+        return sources.find(name).name == name
+    except DataError:
+        return False
+
+
+def _without_missing_model(findings: Findings, run: Run, args: Recipe) -> Iterator[Finding]:
+    """The findings, with a note for a model that step 1 will fetch."""
+    model = Path(str(args["model_name_or_path"]))
+    known = model.parent == run.storage / "models" and model.name in assets.MODELS
+    for finding in findings:
+        if finding.error and known and not model.exists() and str(model) in finding.error.where:
+            if finding.subject == "model":
+                yield Finding("model", f"{model.name} will be fetched by step 1")
+        else:
+            yield finding
+
+
+def _blocks(run: Run) -> int | None:
+    """Blocks of the training half, from step 2's results; ``None`` before step 2."""
+    prepared = run.step_json("02_data").is_file()
+    return run.read_step("02_data")["data"]["blocks"] if prepared else None
+
+
+def plan_text(
     args: Recipe,
     blocks: int | None,
     gpu: str = "",
     speed: float | None = None,
     price: float | None = None,
 ) -> str:
-    shape = forecast.shape_of(args)
-    size, workers = shape.size, args.workers
-    lines = ["# the plan"]
+    """The plan of a recipe as text.
 
-    def say(what: str, value: str) -> None:
-        lines.append(f"  {what:<22}{value}")
-
-    say("model", f"{size.name}: {size.parameters:,} parameters, {size.trained:,} trained")
-    batch = args.global_batch
-    per_step = batch * args.block_size
-    say("one step", f"{batch} blocks of {args['cutoff_len']} = {per_step:,} tokens")
-    steps = args.max_steps
+    Args:
+        args: The resolved recipe; ``deepspeed`` is a file that can be read.
+        blocks: Blocks of the corpus; ``None`` if unknown.
+        gpu: A kind of GPU; by default the recipe's.
+        speed: Measured tokens per second of all workers.
+        price: Price of the cluster per hour.
+    """
+    shape, per_step = planning.shape_of(args), args.global_batch * args.block_size
+    size, steps, rows = shape.size, args.max_steps, list[tuple[str, str]]()
+    rows.append(("model", f"{size.name}: {size.parameters:,} parameters, {size.trained:,} trained"))
+    tokens = f"{args.global_batch} blocks of {args.block_size} = {per_step:,} tokens"
+    rows.append(("one step", tokens))
     if blocks is not None:
         steps = planning.plan(args, blocks, 0).steps
-        say("the corpus", f"{blocks:,} blocks = {blocks * args['cutoff_len']:,} tokens")
+        rows.append(("corpus", f"{blocks:,} blocks = {blocks * args.block_size:,} tokens"))
     if steps > 0:
-        say("steps", f"{steps:,}, {steps * per_step:,} tokens in all")
-        room = planning.disk(args, size, steps)
-        say("on the storage", f"{room.total:.3g} GiB: {room.in_words()}")
+        rows.append(("steps", f"{steps:,}, {steps * per_step:,} tokens in all"))
+        disk = planning.disk(args, size, steps)
+        rows.append(("disk space", f"{disk.total:.3g} GiB: {disk.in_words()}"))
     else:
-        say("steps", "known once step 2 has read the corpus, or with --tokens")
-    kind = forecast.gpu_of(args, gpu)
-    kinds = [kind] if kind else [] if args.use_cpu else list(flops.GPUS)
-    lines.append(f"\n  memory of each of {workers} workers, GiB (computed; the recipe: ZeRO "
-                 f"{forecast.memory.settings_of(args, shape.hidden).stage})")  # fmt: skip
-    rows = forecast.memory_rows(args, shape)
-    lines += _columns(rows)
-    lines.append("")
-    for name in kinds:
-        lines += _fit_in_words(args, shape, name)
-    if kind and (idle := forecast.unused(args, shape, kind)):
-        lines.append(f"      warning: {idle}")
-    if args.use_cpu:
-        import psutil
-
-        each = forecast.memory.of_worker(args, shape).peak / 2**30
-        have = psutil.virtual_memory().total / 2**30
-        enough = "enough" if workers * each < USABLE * have else "not enough for all of them"
-        say("on this machine", f"{workers} x {each:.1f} GiB of {have:.0f} GiB: {enough}")
+        rows.append(("steps", "known once step 2 has read the corpus, or with --tokens"))
+    kind = hardware.gpu_of(args, gpu)
+    stage = memory.settings_of(args).stage
+    lines = [
+        "# plan",
+        *_aligned(rows),
+        f"\n  memory of each of {args.workers} workers in GiB; the recipe has ZeRO stage {stage}",
+        hardware.memory_table(args, shape).to_string(index=False),
+        "",
+        *_fit_lines(args, shape, kind),
+    ]
     if steps > 0:
-        costs = forecast.cost(
+        costs = hardware.cost(
             args, shape, steps * per_step, kind, tokens_per_second=speed, price_per_hour=price
         )
-        for known in costs:
-            amount = f", {known.price:,.2f} at {price:g} an hour" if known.price is not None else ""
-            say("time of the steps", f"{_duration(known.hours)}{amount}, if")
-            say("", f"{known.tokens_per_second:,.0f} tokens/s: {known.source}")
-        if not costs:
-            say("time", "with --gpu, --tokens-per-second, or --probe, which measures it")
+        lines += _aligned(_cost_rows(costs, price))
     return "\n".join(lines) + "\n"
 
 
-def _fit_in_words(args: Recipe, shape: Any, gpu: str) -> list[str]:
-    tried = forecast.fits(args, shape, gpu)
-    have = tried[0].capacity / 2**30
-    first = f"  {gpu}, {have:.1f} GiB: "
-    need = f"{tried[0].memory.peak / 2**30:.1f} GiB"
-    if tried[0].fits:
-        return [f"{first}fits, {need} at the peak"]
-    lines = [f"{first}does not fit, {need} at the peak"]
-    if tried[-1].fits:
-        changes = " + ".join(fit.change for fit in tried[1:])
-        return [*lines, f"      fits with {changes} ({tried[-1].memory.peak / 2**30:.1f} GiB)"]
-    return [*lines, "      nor with any change of the recipe: more workers, or a larger GPU"]
+def _aligned(rows: list[tuple[str, str]]) -> list[str]:
+    return [f"  {label:<22}{text}" for label, text in rows]
 
 
-def _columns(rows: list[dict[str, Any]]) -> list[str]:
-    heads = list(rows[0])
-    widths = [max(len(head), *(len(str(row[head])) for row in rows)) for head in heads]
-    table = [heads, *([str(row[head]) for head in heads] for row in rows)]
-    return [
-        "  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True))
-        for line in table
-    ]
+def _fit_lines(args: Recipe, shape: memory.Shape, kind: str | None) -> Iterator[str]:
+    """Whether the recipe fits on this machine, or on each kind of GPU."""
+    import psutil
+
+    if args.use_cpu and not kind:
+        need = memory.of_worker(args, shape).peak / 2**30
+        have = psutil.virtual_memory().total / 2**30
+        enough = args.workers * need < hardware.USABLE * have
+        text = f"{args.workers} x {need:.1f} GiB of {have:.0f} GiB"
+        yield from _aligned([("this machine", f"{text}: {'' if enough else 'not '}enough")])
+    else:
+        for gpu in [kind] if kind else flops.GPUS:
+            tried = hardware.fits(args, shape, gpu)
+            first, last = (fit.memory.peak / 2**30 for fit in (tried[0], tried[-1]))
+            start = f"  {gpu}, {flops.GPUS[gpu][1]:.1f} GiB: "
+            yield f"{start}{'fits' if tried[0].fits else 'does not fit'}, {first:.1f} GiB needed"
+            if not tried[0].fits and tried[-1].fits:
+                changes = " + ".join(fit.change for fit in tried[1:])
+                yield f"      fits with {changes} ({last:.1f} GiB)"
+            elif not tried[0].fits:
+                yield "      no change of the recipe makes it fit: more workers, or a larger GPU"
+    if kind and (idle := hardware.unused(args, shape, kind)):
+        yield f"      warning: {idle}"
 
 
-def _duration(hours: float) -> str:
-    minutes = math.ceil(hours * 60)
-    if minutes < 120:
-        return f"{minutes} minute{'s' * (minutes != 1)}"
-    return f"{hours:.1f} hours"
+def _cost_rows(costs: list[hardware.Cost], price: float | None) -> list[tuple[str, str]]:
+    rows = []
+    for cost in costs:
+        minutes = math.ceil(cost.hours * 60)
+        time = f"{minutes} minute{'s' * (minutes != 1)}"
+        time = time if minutes < 120 else f"{cost.hours:.1f} hours"
+        if cost.price is not None:
+            time += f", {cost.price:,.2f} at {price:g} per hour"
+        speed = f"{cost.tokens_per_second:,.0f} tokens/s: {cost.source}"
+        rows.append(("time of the steps", f"{time}, with {speed}"))
+    hint = "with --gpu, --tokens-per-second, or --probe, which measures the speed"
+    return rows or [("time of the steps", hint)]

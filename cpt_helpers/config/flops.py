@@ -1,6 +1,6 @@
-"""What a training does with its machine: FLOPs a token, the peak they are compared with, memory.
+"""Model sizes: parameters, trained parameters and FLOPs per token; GPUs and their peaks.
 
-The Trainer's own FLOP count sees only a rank's shard under ZeRO-3, so it is counted here.
+The Trainer's own FLOP count sees only a rank's shard under ZeRO-3, so this module counts them.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Dense bf16 matrix products, FLOP/s, and memory in GiB as torch reports it. From NVIDIA's data
-# sheets (nvidia.com/en-us/data-center/<name>), whose figures «with sparsity» are halved: H100 and
+from ..recipes import Recipe
+from ..setup import models
+
+# Dense bf16 matrix products in FLOP/s, and memory in GiB as torch reports it. From NVIDIA's data
+# sheets (nvidia.com/en-us/data-center/<name>), whose figures "with sparsity" are halved: H100 and
 # H200 SXM 1,979, their NVL boards 1,671, H100 PCIe 1,513 TFLOP/s. T4 and V100 have no bf16: fp16.
 GPUS: dict[str, tuple[float, float]] = {
     "B200": (2250e12, 178.0),
@@ -30,8 +33,8 @@ GPUS: dict[str, tuple[float, float]] = {
     "V100": (125e12, 15.8),
     "T4": (65e12, 14.6),
 }
-IMAGE = ("vision_tower", "multi_modal_projector")  # what text does not go through
-_LAYER = re.compile(r"\.(\d+)\.")
+IMAGE = ("vision_tower", "multi_modal_projector")  # modules that text does not pass through
+_LAYER = re.compile(r"\.(\d+)\.")  # the first match in a parameter's name is its layer
 
 
 def gpu_named(name: str) -> str | None:
@@ -39,31 +42,91 @@ def gpu_named(name: str) -> str | None:
     words = set(re.split(r"[^A-Z0-9]+", name.upper().replace("RTX ", "RTX")))
     if "A100" in words:
         return "A100-80G" if words & {"80G", "80GB"} else "A100-40G"
-    # A board's own entry stands before the family's: H100-NVL before H100.
+    # The entry of a board precedes the entry of its family: H100-NVL before H100.
     return next((key for key in GPUS if set(key.split("-")) <= words), None)
 
 
 @dataclass(frozen=True)
 class Backward:
-    """What a backward pass reaches: it ends at the lowest layer that is trained.
+    """The parameters that a backward pass reaches. It ends at the lowest trained layer."""
 
-    Attributes:
-        reached: Parameters whose activations get a gradient: the lowest trained layer's, and all
-            after it.
-        trained: Parameters that get a gradient of their own.
-        lowest: Index of the lowest layer reached.
-    """
-
+    # parameters whose activations get a gradient: the lowest trained layer's and all after it
     reached: int
-    trained: int
-    lowest: int = 0
+    trained: int  # parameters that get a gradient themselves
+    lowest: int = 0  # index of the lowest layer reached
 
 
-NOTHING = Backward(0, 0)
+@dataclass(frozen=True)
+class ModelSize:
+    """The parameters of a model."""
+
+    name: str  # the model
+    parameters: int  # all parameters; tied ones count once
+    largest_layer: int  # parameters of the largest single module, which ZeRO-3 gathers whole
+    trained: int | None = None  # parameters that a recipe trains; ``None`` without a recipe
+    text: int = 0  # parameters that text is multiplied with, adapters included
+    # those of ``text`` that the backward pass reaches and trains
+    backward: Backward = Backward(0, 0)
+
+
+def model_size(config: Any, name: str, args: Recipe | None = None) -> ModelSize:
+    """Counts a model's parameters from its configuration, without memory for any of them.
+
+    Args:
+        config: The model's ``transformers`` configuration.
+        name: The model's name.
+        args: The recipe that selects the trained parameters; without it all are trained.
+    """
+    model = models.empty(config)
+    model.tie_weights()
+    largest = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = None
+    if args is not None:
+        _select_trained(model, args)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return ModelSize(name, parameters, largest, trained, *text_parameters(model))
+
+
+def _select_trained(model: Any, args: Recipe) -> None:
+    """Freezes what the training freezes, and adds parameters of the adapters' sizes.
+
+    Follows LLaMA-Factory 0.9.3 and the correction of its freeze method (``train.patches``): a
+    parameter is trained if the first number in its name is a trained layer. An expert's number is
+    the second one.
+    """
+    import torch
+
+    layers = getattr(model.config, "text_config", model.config).num_hidden_layers
+    count = args.get("freeze_trainable_layers", 2)
+    chosen = range(layers - count, layers) if count > 0 else range(-count)
+    for name, parameter in model.named_parameters():
+        layer = _LAYER.search(name)
+        in_layers = args.method == "freeze" and bool(layer and int(layer[1]) in chosen)
+        text = not any(mark in name for mark in IMAGE)
+        parameter.requires_grad_(text and (args.method == "full" or in_layers))
+    if args.method != "lora":
+        return
+    rank, target = args.get("lora_rank", 8), str(args.get("lora_target", "all"))
+    names = [name.strip() for name in target.split(",")]
+    for name, module in list(model.named_modules()):
+        linear = isinstance(module, torch.nn.Linear)
+        skipped = any(mark in name for mark in (*IMAGE, "lm_head"))
+        if linear and not skipped and (target == "all" or name.split(".")[-1] in names):
+            size = rank * (module.in_features + module.out_features)
+            module.adapter = torch.nn.Parameter(torch.empty(size, device="meta"))
+
+
+def experts_of(config: Any) -> tuple[int, int]:
+    """Experts of each layer and experts per token of a mixture of experts; else ``(1, 1)``."""
+    text = getattr(config, "text_config", config)
+    counts = (getattr(text, key, None) for key in ("num_local_experts", "num_experts"))
+    experts = next(filter(None, counts), 1)
+    return experts, (getattr(text, "num_experts_per_tok", None) or 1) if experts > 1 else 1
 
 
 def attention_widths(config: Any, length: int, lowest: int = 0) -> int:
-    """Heads × head size × tokens looked at, summed over the layers; windows are narrower.
+    """Heads × head size × attended tokens, summed over the layers. Windows limit the tokens.
 
     Args:
         config: The model's ``transformers`` configuration.
@@ -74,12 +137,12 @@ def attention_widths(config: Any, length: int, lowest: int = 0) -> int:
     heads = text.num_attention_heads
     width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
     layers, window = text.num_hidden_layers, getattr(text, "sliding_window", None)
-    kinds = getattr(text, "layer_types", None)
+    types = getattr(text, "layer_types", None)
     pattern = getattr(text, "sliding_window_pattern", None)
     seen = 0
     for layer in range(lowest, layers):
-        if kinds:
-            local = kinds[layer] == "sliding_attention"
+        if types:
+            local = types[layer] == "sliding_attention"
         else:
             local = bool(pattern and window and (layer + 1) % pattern)
         seen += min(length, window) if local and window else length
@@ -87,17 +150,17 @@ def attention_widths(config: Any, length: int, lowest: int = 0) -> int:
 
 
 def flops_per_token(config: Any, parameters: int, backward: Backward, length: int) -> float:
-    """Floating-point operations of a training step, for each token.
+    """Floating-point operations per token of a training step.
 
-    2 a parameter in the forward pass, 2 for the gradient of the activations where the backward
-    pass comes by, 2 for the gradient of each trained weight. Attention is 4 × heads × head size ×
-    length in a layer forward and 8 backward, as Chowdhery et al. 2022 (arXiv 2204.02311,
-    appendix B) count it: causal masks and recomputed activations are not taken off or added.
+    Each parameter takes 2 in the forward pass, 2 for the gradient of the activations where the
+    backward pass reaches it, and 2 for its own gradient if it is trained. Attention takes 4 × heads
+    × head size × length per layer forward and 8 backward, as in Chowdhery et al. 2022 (arXiv
+    2204.02311, appendix B). Causal masks and recomputed activations are not considered.
 
     Args:
         config: The model's ``transformers`` configuration.
-        parameters: Those text goes through (:func:`text_parameters`).
-        backward: Those the backward pass reaches and trains.
+        parameters: Parameters that text passes through (:func:`text_parameters`).
+        backward: Those that the backward pass reaches and trains.
         length: Tokens in a block.
     """
     forward = 2.0 * parameters + 4.0 * attention_widths(config, length)
@@ -106,50 +169,49 @@ def flops_per_token(config: Any, parameters: int, backward: Backward, length: in
 
 
 def text_parameters(model: Any) -> tuple[int, Backward]:
-    """A model's parameters that text is multiplied with, and what the backward pass does.
+    """A model's parameters that text is multiplied with, and those the backward pass reaches.
 
     A tied embedding counts once, as the output layer: looking up a row costs nothing. Of a mixture
-    of experts count those a token goes through. Sizes are right under ZeRO-3 too.
+    of experts, only the experts of one token count. Sizes are right under ZeRO-3 too.
 
     Args:
-        model: The model; its ``requires_grad`` say what is trained, its shapes the rest.
+        model: The model; ``requires_grad`` marks the trained parameters.
     """
     import torch
 
     output = model.get_output_embeddings()
     tables = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     lookups = tables - {output.weight if output is not None else None}
-    text = getattr(model.config, "text_config", model.config)
-    layers = text.num_hidden_layers
-    experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 1
-    chosen = (getattr(text, "num_experts_per_tok", None) or 1) / experts if experts > 1 else 1.0
-    places: list[tuple[int, float, bool]] = []  # the layer, the multiplied parameters, trained?
+    layers = getattr(model.config, "text_config", model.config).num_hidden_layers
+    experts, per_token = experts_of(model.config)
+    counted: list[tuple[int, float, bool]] = []  # layer, multiplied parameters, trained
     for name, parameter in model.named_parameters():
         if any(mark in name for mark in IMAGE):
             continue
         count = getattr(parameter, "ds_numel", parameter.numel())
-        layer = _LAYER.search(name)
-        # What is looked up comes before all layers, the output layer after them.
-        place = -1 if parameter in tables else int(layer[1]) if layer else layers
-        share = 0.0 if parameter in lookups else chosen if ".experts." in name else 1.0
-        places.append((place, count * share, parameter.requires_grad))
-    lowest = min((place for place, _, trained in places if trained), default=layers)
-    every = sum(count for _, count, _ in places)
+        match = _LAYER.search(name)
+        # Embeddings precede all layers, the output layer follows them.
+        layer = -1 if parameter in tables else int(match[1]) if match else layers
+        share = per_token / experts if ".experts." in name else 1.0
+        share = 0.0 if parameter in lookups else share
+        counted.append((layer, count * share, parameter.requires_grad))
+    lowest = min((layer for layer, _, trained in counted if trained), default=layers)
+    text = sum(count for _, count, _ in counted)
     # A tied output layer is multiplied after all layers, wherever its table is looked up.
-    reached = sum(c for place, c, _ in places if place >= lowest or place < 0)
-    trained = sum(count for _, count, trained in places if trained)
-    return round(every), Backward(round(reached), round(trained), max(lowest, 0))
+    reached = sum(count for layer, count, _ in counted if layer >= lowest or layer < 0)
+    trained = sum(count for _, count, trained in counted if trained)
+    return round(text), Backward(round(reached), round(trained), max(lowest, 0))
 
 
 def peak_flops(on_gpu: bool, dtype: str = "float32") -> tuple[str, float | None]:
-    """This worker's device, and the most it can do: a GPU's by its name, a CPU's by trying.
+    """This worker's device and its peak: a GPU's from :data:`GPUS`, a CPU's as measured.
 
     Args:
         on_gpu: Whether the worker trains on a GPU.
-        dtype: The precision its matrix products are in, ``"bfloat16"`` or ``"float32"``.
+        dtype: The precision of its matrix products, ``"bfloat16"`` or ``"float32"``.
 
     Returns:
-        Its name, and FLOP/s of dense matrix products; ``None`` for a GPU that is not known.
+        The device's name, and FLOP/s of dense matrix products; ``None`` for an unknown GPU.
     """
     import torch
 
@@ -158,7 +220,9 @@ def peak_flops(on_gpu: bool, dtype: str = "float32") -> tuple[str, float | None]
         key = gpu_named(name)
         return name, GPUS[key][0] if key else None
     size = 1024
-    left = torch.ones(size, size, dtype=getattr(torch, dtype))  # no random number is used up
+    left = torch.ones(
+        size, size, dtype=getattr(torch, dtype)
+    )  # random numbers would change the training
     best = float("inf")
     for _ in range(5):
         since = time.perf_counter()
@@ -168,14 +232,14 @@ def peak_flops(on_gpu: bool, dtype: str = "float32") -> tuple[str, float | None]
 
 
 def peak_memory(on_gpu: bool = False) -> int:
-    """The most memory this process has held so far, in bytes: the GPU's, or the resident set."""
+    """The peak memory of this process in bytes: of the GPU, or the resident set."""
     if on_gpu:
         import torch
 
         return int(torch.cuda.max_memory_allocated())
     status = Path("/proc/self/status")
-    if status.is_file():
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
+    if status.is_file() and (match := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return int(match[1]) * 1024
     import resource
     import sys
 

@@ -1,7 +1,7 @@
-"""The range of every number in a recipe, in one table, checked before anything starts.
+"""The allowed range of every number in a recipe, in one table.
 
-LLaMA-Factory and transformers check the type of a number and few ranges. The rest fails in a worker
-a minute later, or trains something else than was meant.
+LLaMA-Factory and transformers check the types of numbers, but few ranges. Other values fail in a
+worker a minute later, or change the training silently.
 """
 
 from __future__ import annotations
@@ -16,73 +16,66 @@ from typing import Any
 from ..errors import ConfigError
 from ..recipes import Recipe, where_of
 
+_CORRECT = "correct the value"
+
 
 @dataclass(frozen=True)
 class Range:
-    """The values a number may have.
+    """The values that a number may have."""
 
-    Attributes:
-        lowest: The lowest value.
-        highest: The highest value.
-        unit: What the number counts or measures.
-        above: Whether ``lowest`` itself is excluded.
-        below: Whether ``highest`` itself is excluded.
-        also: Values outside the range that have a meaning of their own.
-        never: Values inside the range that are refused.
-        whole_above: From this value on only whole numbers are allowed.
-        do: What to write instead; by default "correct the value".
-    """
-
-    lowest: float
-    highest: float
-    unit: str
-    above: bool = False
-    below: bool = False
-    also: tuple[float, ...] = ()
-    never: tuple[float, ...] = ()
-    whole_above: float = math.inf
-    do: str = "correct the value"
+    lowest: float  # the lowest value
+    highest: float  # the highest value
+    unit: str  # what the number counts or measures
+    above: bool = False  # whether ``lowest`` itself is excluded
+    below: bool = False  # whether ``highest`` itself is excluded
+    also: tuple[float, ...] = ()  # values outside the range that have a special meaning
+    never: tuple[float, ...] = ()  # values inside the range that are refused
+    whole_above: float = math.inf  # from this value on, only whole numbers are allowed
+    do: str = _CORRECT  # what to write instead
 
     def holds(self, value: float) -> bool:
-        """Whether a value is allowed; NaN and infinity never are."""
-        if not math.isfinite(value):
-            return False
-        if value in self.also:
-            return True
+        """Whether a value is allowed. NaN and infinity are never allowed."""
+        if not math.isfinite(value) or value in self.also:
+            return value in self.also
         low = value > self.lowest if self.above else value >= self.lowest
         high = value < self.highest if self.below else value <= self.highest
         whole = value < self.whole_above or float(value).is_integer()
         return low and high and whole and value not in self.never
 
     def __str__(self) -> str:
-        low = f"more than {self.lowest:,g}" if self.above else f"{self.lowest:,g} or more"
-        high = f"less than {self.highest:,g}" if self.below else f"at most {self.highest:,g}"
-        parts = [f"{self.unit}: {low}", *([high] if self.highest < math.inf else [])]
+        parts = [f"{self.unit}: {self.lowest:,g} or more"]
+        if self.above:
+            parts = [f"{self.unit}: more than {self.lowest:,g}"]
+        if self.highest < math.inf:
+            parts.append(f"{'less than' if self.below else 'at most'} {self.highest:,g}")
         parts += [f"not {value:g}" for value in self.never]
         if self.whole_above < math.inf:
             parts.append(f"a whole number from {self.whole_above:g} on")
         return ", ".join([*parts, *(f"or {value:g}" for value in self.also)])
 
 
-def _count(unit: str, lowest: int = 1, do: str = "correct the value") -> Range:
+def _count(unit: str, lowest: int = 1, do: str = _CORRECT) -> Range:
     return Range(lowest, math.inf, unit, do=do)
 
 
-def _share(unit: str, **options: Any) -> Range:
-    return Range(0, 1, unit, **options)
+def _positive(unit: str) -> Range:
+    return Range(0, math.inf, unit, above=True)
 
 
-def _every(what: str, do: str) -> Range:
-    """Steps between two of something; below 1 transformers takes a share of all steps."""
-    return Range(0, math.inf, f"steps from one {what} to the next, or a share of all steps",
+def _share(unit: str, above: bool = False, below: bool = False, do: str = _CORRECT) -> Range:
+    return Range(0, 1, unit, above, below, do=do)
+
+
+def _every(event: str, do: str) -> Range:
+    """Steps between two events. Below 1, transformers reads a share of all steps."""
+    return Range(0, math.inf, f"steps from one {event} to the next, or a share of all steps",
                  above=True, whole_above=1, do=do)  # fmt: skip
 
 
 _STATES = "decay of the optimizer's moments"
-_POSITIVE = {"above": True}
 
-# Every number that a continued pre-training reads. The numbers of other stages, of generation and
-# of LLaMA-Factory's export are not here: nothing reads them, and only NaN and infinity are refused.
+# Every number that continued pre-training reads. The numbers of other stages, of generation and of
+# LLaMA-Factory's export are not used, so only NaN and infinity are refused there.
 RANGES: dict[str, Range] = {
     # steps of the optimizer
     "learning_rate": Range(0, 1, "step size", above=True, do="1e-6 to 1e-3 is usual: write 1.0e-5"),
@@ -99,14 +92,14 @@ RANGES: dict[str, Range] = {
     "lr_scheduler_kwargs.min_lr_rate": _share("share of learning_rate", do="0.1 is usual"),
     "lr_scheduler_kwargs.min_lr": _share("learning rate"),
     "lr_scheduler_kwargs.lr_end": _share("learning rate"),
-    "lr_scheduler_kwargs.num_cycles": Range(0, math.inf, "cycles", **_POSITIVE),
-    "lr_scheduler_kwargs.power": Range(0, math.inf, "exponent", **_POSITIVE),
+    "lr_scheduler_kwargs.num_cycles": _positive("cycles"),
+    "lr_scheduler_kwargs.power": _positive("exponent"),
     "lr_scheduler_kwargs.timescale": _count("steps"),
     "lr_scheduler_kwargs.num_decay_steps": _count("steps", 0),
     "lr_scheduler_kwargs.num_stable_steps": _count("steps", 0),
     "lr_scheduler_kwargs.min_lr_ratio": _share("share of learning_rate"),
     # length of the training
-    "num_train_epochs": Range(0, math.inf, "passes over the corpus", **_POSITIVE),
+    "num_train_epochs": _positive("passes over the corpus"),
     "max_steps": Range(1, math.inf, "steps", also=(-1,),
                        do="a number of steps, or leave it out and set num_train_epochs"),
     "save_steps": _every("checkpoint", "a number of steps; save_strategy: 'no' saves none"),
@@ -117,7 +110,7 @@ RANGES: dict[str, Range] = {
     "save_total_limit": _count(
         "checkpoints kept next to the best one",
         do="write 1 or more, or leave the key out to keep every checkpoint. "
-        "0 and less would keep every one too, until the disk is full",
+        "0 and less also keep every one, until the disk is full",
     ),
     "torch_empty_cache_steps": _count("steps"),
     # sizes
@@ -136,8 +129,8 @@ RANGES: dict[str, Range] = {
     "dataloader_prefetch_factor": _count("batches"),
     "ddp_bucket_cap_mb": _count("MiB"),
     "ddp_timeout": Range(
-        10, 86400, "seconds that a worker may keep the others waiting",
-        do="minutes, such as 1800; with years a hung run is never noticed, and always paid for",
+        10, 86400, "seconds that a collective may take",
+        do="half an hour, such as 1800. With years, a hung run never stops and is always paid for",
     ),
     "seed": Range(0, 2**32 - 1, "seed"),
     "data_seed": Range(0, 2**32 - 1, "seed"),
@@ -145,7 +138,7 @@ RANGES: dict[str, Range] = {
     "lora_rank": _count("width of an adapter"),
     "lora_alpha": _count("scale of an adapter", do="twice lora_rank is usual"),
     "lora_dropout": _share("share of an adapter's inputs", below=True),
-    "loraplus_lr_ratio": Range(0, math.inf, "factor of the learning rate", **_POSITIVE),
+    "loraplus_lr_ratio": _positive("factor of the learning rate"),
     "loraplus_lr_embedding": _share("learning rate", above=True),
     "pissa_iter": Range(1, math.inf, "iterations", also=(-1,)),
     "freeze_trainable_layers": Range(
@@ -155,10 +148,10 @@ RANGES: dict[str, Range] = {
     "quantization_bit": Range(2, 8, "bits"),
     "galore_rank": _count("rank"),
     "galore_update_interval": _count("steps"),
-    "galore_scale": Range(0, math.inf, "factor", **_POSITIVE),
+    "galore_scale": _positive("factor"),
     "apollo_rank": _count("rank"),
     "apollo_update_interval": _count("steps"),
-    "apollo_scale": Range(0, math.inf, "factor", **_POSITIVE),
+    "apollo_scale": _positive("factor"),
     "badam_start_block": _count("index of a block", 0),
     "badam_switch_interval": Range(1, math.inf, "steps", also=(-1,)),
     "badam_update_ratio": _share("share of the parameters", above=True),
@@ -172,34 +165,33 @@ def problems(args: Recipe, path: Path, overrides: dict[str, Any]) -> Iterator[Co
 
     Args:
         args: The recipe's keys with their values.
-        path: Its file.
-        overrides: Those keys that do not come from the file.
+        path: The recipe's file.
+        overrides: The keys that do not come from the file.
     """
     for key, value in _numbers(args):
-        where = where_of(path, key.split(".")[0], overrides)
         allowed = _RESOURCE if key.startswith(_RESOURCES) else RANGES.get(key)
-        number = _as_number(value)
+        number, do = _as_number(value), allowed.do if allowed else _CORRECT
         if number is None:
-            if allowed:
-                yield ConfigError(f"{key}: {value!r} is not a number", where=where,
-                                  expected=str(allowed), do=_as_yaml_number(value))  # fmt: skip
+            problem, do = "is not a number", _as_yaml_number(value)
         elif not math.isfinite(number):
-            yield ConfigError(f"{key}: {value!r} is not a finite number", where=where,
-                              expected=str(allowed or "a finite number"),
-                              do=allowed.do if allowed else "correct the value")  # fmt: skip
+            problem = "is not a finite number"
         elif allowed and not allowed.holds(number):
-            yield ConfigError(f"{key}: {value!r} is out of range", where=where,
-                              expected=str(allowed), do=allowed.do)  # fmt: skip
+            problem = "is out of range"
+        else:
+            continue
+        where = where_of(path, key.split(".")[0], overrides)
+        expected = str(allowed or "a finite number")
+        yield ConfigError(f"{key}: {value!r} {problem}", where=where, expected=expected, do=do)
 
 
 def _numbers(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Numbers, and what stands where one is expected, by dotted key."""
+    """Every number by its dotted key, and every value of a key that expects a number."""
     for name, value in values.items():
         key = f"{above}{name}"
+        if isinstance(value, list):
+            value = {str(index): item for index, item in enumerate(value)}
         if isinstance(value, dict):
             yield from _numbers(value, f"{key}.")
-        elif isinstance(value, list):
-            yield from _numbers(dict(enumerate(value)), f"{key}.")
         elif _as_number(value) is not None or key in RANGES or above == _RESOURCES:
             yield key, value
 

@@ -1,9 +1,11 @@
-"""What is wrong with a recipe, found before anything starts; each with where, and what to do."""
+"""Errors of a recipe, found before anything starts: each with its place and the fix.
+
+The ranges of numbers are in :mod:`ranges`, warnings in :mod:`findings`.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -11,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..data.corpora import read_registry
-from ..data.mixing import evaluates
 from ..errors import ConfigError, nearest
 from ..recipes import HELD_OUT, Recipe, known_keys, line_of, names_of, where_of
-from ..redact import SECRET, strings
 from ..redirect import hushed
 
 _MAPPINGS = (
@@ -25,73 +25,107 @@ _MAPPINGS = (
     "ray_init_kwargs.runtime_env.env_vars",
 )
 _PRECISIONS = ("bf16", "fp16")
-_SECRET_NAMES = ("TOKEN", "SECRET", "PASSWORD", "API_KEY")
-_PLACEHOLDER = re.compile(r"<[^<>]*(your|YOUR|my)[^<>]*>|<[A-Z][A-Z_ -]+>")
+_TRUE = ("yes", "true", "t", "y", "1")
+_FALSE = ("no", "false", "f", "n", "0")
+# Keys that LLaMA-Factory accepts and that cannot work here: the problem, what works, the fix.
+_UNUSABLE: dict[str, tuple[str, str, str]] = {
+    "save_only_model": (
+        "save_only_model leaves nothing to resume from",
+        "checkpoints with the optimizer's state",
+        "leave it out; save_total_limit bounds the disk, and step 6 exports the model",
+    ),
+    "save_on_each_node": (
+        "save_on_each_node: one worker of each node would write the same files on shared storage",
+        "one writer",
+        "leave it out: all nodes share the storage",
+    ),
+    "load_best_model_at_end": (
+        "load_best_model_at_end looks for checkpoints in output_dir, and they are on the storage",
+        "",
+        "leave it out: the best checkpoint is kept, and step 6 exports it",
+    ),
+    "auto_find_batch_size": (
+        "auto_find_batch_size halves the micro-batch when memory runs out, and with it the global "
+        "batch",
+        "the global batch of the recipe",
+        "leave it out; `plan` computes a micro-batch that fits",
+    ),
+    "ray_storage_filesystem": (
+        "ray_storage_filesystem is ignored: a run is written to the storage folder",
+        "a folder that every node can read",
+        "leave it out, and give the folder with STORAGE",
+    ),
+}
+# The variables of a recipe reach a worker after its process started and before torch is imported.
+# The table names the reader of earlier variables, by the start of their names.
+_READ_EARLIER = {
+    "LD_": "the dynamic loader, when the process starts",
+    "PYTHON": "Python, when the process starts",
+    "MALLOC_": "the C library, when the process starts",
+    "GLIBC_": "the C library, when the process starts",
+    "RAY_": "Ray, when its processes start",
+    "OPENBLAS_": "OpenBLAS, when Ray imports NumPy",
+    "CUDA_VISIBLE_DEVICES": "Ray, which sets it to the worker's own GPUs",
+}
+# Keys of ``ray_init_kwargs`` that only change what Ray prints or displays: they can be ignored.
+_DISPLAY = frozenset(
+    {"log_to_driver", "logging_level", "logging_format", "logging_config", "configure_logging",
+     "include_dashboard", "dashboard_host", "dashboard_port", "ignore_reinit_error"}
+)  # fmt: skip
 
 
 def refuse(problems: Iterable[ConfigError]) -> None:
-    """Raises what is wrong; several things at once in one error, so that all are mended at once.
+    """Raises the problems of a recipe, several in one error.
 
     Raises:
-        ConfigError: There was something.
+        ConfigError: There is a problem.
     """
     problems = list(problems)
     if len(problems) == 1:
         raise problems[0]
     if problems:
-        told = "\n".join(f"{n}. {problem}" for n, problem in enumerate(problems, 1))
-        raise ConfigError(f"{len(problems)} things are wrong with the recipe\n{told}")
+        numbered = "\n".join(f"{n}. {problem}" for n, problem in enumerate(problems, 1))
+        raise ConfigError(f"the recipe has {len(problems)} errors\n{numbered}")
 
 
 def keys(args: Recipe, path: Path, overrides: dict[str, Any]) -> Iterator[ConfigError]:
-    """Keys LLaMA-Factory does not know, and values of another type or none of a key's choices."""
+    """Unknown keys, values of the wrong type, and values that are not a choice of their key."""
     known = known_keys()
     for key, value in args.items():
         where = where_of(path, key, overrides)
         if key not in known:
-            yield ConfigError(
-                f"unknown key '{key}'",
-                where=where,
-                expected=f"a LLaMA-Factory argument ({nearest(key, known)})",
-                do="correct the name or leave it out",
-            )
+            expected = f"a LLaMA-Factory argument ({nearest(key, known)})"
+            do = "correct the name or leave it out"
+            yield ConfigError(f"unknown key '{key}'", where=where, expected=expected, do=do)
             continue
-        action = known[key]
-        if action.choices and value not in action.choices and str(value) not in action.choices:
+        choices = known[key].choices
+        if choices and value not in choices and str(value) not in choices:
+            what, expected = "a choice", ", ".join(map(str, choices))
+        else:
+            expected = _other_type(known[key], value) or ""
+            what = "a number" if "number" in expected else expected
+        if expected:
             yield ConfigError(
-                f"{key}: {value!r} is not a choice",
-                where=where,
-                expected=", ".join(map(str, action.choices)),
-                do="choose one of these",
-            )
-        elif expected := _other_type(action, value):
-            yield ConfigError(
-                f"{key}: {value!r} is not {'a number' if 'number' in expected else expected}",
+                f"{key}: {value!r} is not {what}",
                 where=where,
                 expected=expected,
                 do="correct the value",
             )
-    for dotted, value in _not_mappings(args):
-        yield ConfigError(
-            f"{dotted}: {value!r} is not a mapping",
-            where=where_of(path, dotted.split(".")[0], overrides),
-            expected="names with values",
-            do="write it as YAML: `name: value` lines, indented",
-        )
-
-
-def _not_mappings(args: Recipe) -> Iterator[tuple[str, Any]]:
-    """Settings that hold something else than names with values, by dotted key."""
     for dotted in _MAPPINGS:
-        value: Any = args
+        value = args
         for name in dotted.split("."):
             value = value.get(name) if isinstance(value, dict) else None
         if value is not None and not isinstance(value, dict):
-            yield dotted, value
+            yield ConfigError(
+                f"{dotted}: {value!r} is not a mapping",
+                where=where_of(path, dotted.split(".")[0], overrides),
+                expected="names with values",
+                do="write it as YAML: indented `name: value` lines",
+            )
 
 
 def _other_type(action: Any, value: Any) -> str | None:
-    """What a value should have been, where it is something else."""
+    """The type that a key expects if its value has another type."""
     if action.type is int:
         whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
         digits = isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+\s*", value)
@@ -102,83 +136,73 @@ def _other_type(action: Any, value: Any) -> str | None:
         except (TypeError, ValueError):
             return "a number"
     if getattr(action.type, "__name__", "") == "string_to_bool":
-        truths = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")
-        return None if str(value).lower() in truths else "true or false"
+        return None if str(value).lower() in _TRUE + _FALSE else "true or false"
     return None
 
 
 def datasets(args: Recipe, path: Path) -> Iterator[ConfigError]:
-    """Datasets that are not registered, or whose files are gone."""
+    """Datasets that are not registered, or whose files are missing."""
     folder = Path(str(args.get("dataset_dir", "data")))
     file = folder / "dataset_info.json"
     registry = read_registry(file) if file.exists() else {}
     for key in ("dataset", "eval_dataset"):
         for name in names_of(args.get(key)):
+            data = folder / registry.get(name, {}).get("file_name", "")
             if name not in registry:
                 yield ConfigError(
                     f"unknown dataset '{name}'",
                     where=f"{key} in {path}{line_of(path, key)}",
-                    expected=f"a name in {folder}/dataset_info.json ({nearest(name, registry)})",
+                    expected=f"a name in {file} ({nearest(name, registry)})",
                     do="run notebook 02_data with this corpus, or correct the name",
                 )
-                continue
-            file_name = registry[name].get("file_name")
-            if file_name and not (folder / file_name).exists():
+            elif not data.exists():
                 yield ConfigError(
-                    f"the dataset '{name}' is registered, but its file is not there",
-                    where=folder / file_name,
+                    f"the dataset '{name}' is registered, but its file is missing",
+                    where=data,
                     do=f"run notebook 02_data with CORPUS={name.removesuffix(HELD_OUT)}",
                 )
 
 
 def contradictions(args: Recipe, path: Path, deepspeed: Path | None) -> Iterator[ConfigError]:
-    """Settings that exclude each other: those known here, then what LLaMA-Factory's parser says."""
-
-    def wrong(what: str, key: str, do: str, expected: str = "") -> ConfigError:
-        return ConfigError(what, where=f"{path}{line_of(path, key)}", expected=expected, do=do)
-
-    found = []
-    if args.get("stage", "sft") != "pt":
-        found.append(wrong(
-            f"stage: {args.get('stage', 'sft')} is not continued pre-training",
-            "stage", "stage: pt; other stages need other data than plain text", "pt",
-        ))  # fmt: skip
-    if args.get("bf16") and args.get("fp16"):
-        found.append(wrong("bf16 and fp16 exclude each other", "fp16", "leave one of them out"))
-    resources = args.get("resources_per_worker") or {"GPU": 1}
-    if args.get("use_cpu") and resources.get("GPU"):
-        found.append(wrong(
-            "use_cpu is set, and each worker asks for a GPU", "use_cpu",
-            "resources_per_worker: {CPU: 1}, or leave use_cpu out",
-        ))  # fmt: skip
-    if not args.get("use_cpu") and not resources.get("GPU"):
-        found.append(wrong(
-            "the workers ask for no GPU, and use_cpu is not set", "resources_per_worker",
-            "use_cpu: true for a training on CPUs, or resources_per_worker: {GPU: 1}",
-        ))  # fmt: skip
-    if not args.get("do_train"):
-        found.append(wrong("do_train is not set: nothing would be trained", "do_train",
-                           "do_train: true"))  # fmt: skip
-    if str(args.get("eval_strategy", "no")) != "no" and not (
-        args.get("eval_dataset") or args.get("val_size")
-    ):
-        found.append(wrong(
-            f"eval_strategy: {args['eval_strategy']}, and there is nothing to measure on",
-            "eval_strategy", "eval_dataset: <corpus>_heldout, or eval_strategy: no",
-        ))  # fmt: skip
-    found += _in_deepspeed_file(args, deepspeed) if deepspeed else ()
-    found += _in_blocks(args, path)
-    if args.get("template") not in (known := _templates()):
-        found.append(wrong(
-            f"template: {args.get('template')!r} is not known", "template",
-            "template: empty, which keeps the tokenizer's own end-of-sequence token",
-            f"a template of LLaMA-Factory ({nearest(str(args.get('template')), known)})",
-        ))  # fmt: skip
-    yield from found
-    if not found and (said := _parser_says(args)):
+    """Settings that exclude each other. If there are none, errors of LLaMA-Factory's parser."""
+    problems = [
+        ConfigError(what, where=f"{path}{line_of(path, key)}", expected=expected, do=do)
+        for key, what, expected, do in _exclusive(args)
+    ]
+    problems += _in_deepspeed_file(args, deepspeed) if deepspeed else ()
+    problems += _in_blocks(args, path)
+    yield from problems
+    if not problems and (message := _parser_error(args)):
         yield ConfigError(
-            f"LLaMA-Factory refuses the recipe: {said}", where=path, do="correct that"
+            f"LLaMA-Factory refuses the recipe: {message}", where=path, do="correct the recipe"
         )
+
+
+def _exclusive(args: Recipe) -> Iterator[tuple[str, str, str, str]]:
+    """Contradictions between keys: a key, the problem, what is expected, the fix."""
+    stage, template = args.get("stage", "sft"), args.get("template")
+    gpus = args.resources.get("GPU")
+    if stage != "pt":
+        do = "stage: pt; other stages need other data than plain text"
+        yield "stage", f"stage: {stage} is not continued pre-training", "pt", do
+    if args.get("bf16") and args.get("fp16"):
+        yield "fp16", "bf16 and fp16 exclude each other", "", "leave one of them out"
+    if args.use_cpu and gpus:
+        do = "resources_per_worker: {CPU: 1}, or leave use_cpu out"
+        yield "use_cpu", "use_cpu is set, and each worker asks for a GPU", "", do
+    if not args.use_cpu and not gpus:
+        do = "use_cpu: true for a training on CPUs, or resources_per_worker: {GPU: 1}"
+        yield "resources_per_worker", "the workers ask for no GPU, and use_cpu is not set", "", do
+    if not args.get("do_train"):
+        yield "do_train", "do_train is not set: nothing would be trained", "", "do_train: true"
+    strategy = str(args.get("eval_strategy", "no"))
+    if strategy != "no" and not (args.get("eval_dataset") or args.get("val_size")):
+        do = "eval_dataset: <corpus>_heldout, or eval_strategy: no"
+        yield "eval_strategy", f"eval_strategy: {strategy} without a held-out set", "", do
+    if template not in (known := _templates()):
+        expected = f"a template of LLaMA-Factory ({nearest(str(template), known)})"
+        do = "template: empty, which keeps the tokenizer's own end-of-sequence token"
+        yield "template", f"template: {template!r} is not known", expected, do
 
 
 @cache
@@ -189,18 +213,16 @@ def _templates() -> frozenset[str]:
 
 
 def _in_deepspeed_file(args: Recipe, path: Path) -> Iterator[ConfigError]:
-    """Sizes that DeepSpeed's file sets otherwise than the recipe; ``"auto"`` takes the recipe's."""
+    """Values of the DeepSpeed file that differ from the recipe; ``"auto"`` takes the recipe's."""
     settings = json.loads(path.read_text("utf-8"))
-    micro = args.get("per_device_train_batch_size", 8)
-    accumulation = args.get("gradient_accumulation_steps", 1)
-    own = {
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accumulation,
-        "train_batch_size": micro * accumulation * args.get("ray_num_workers", 1),
+    values = {
+        "train_micro_batch_size_per_gpu": args.micro_batch,
+        "gradient_accumulation_steps": args.accumulation,
+        "train_batch_size": args.global_batch,
         "gradient_clipping": args.get("max_grad_norm", 1.0),
     }
     flat = settings | {f"{k}.enabled": (settings.get(k) or {}).get("enabled") for k in _PRECISIONS}
-    own |= {f"{name}.enabled": bool(args.get(name)) for name in _PRECISIONS}
+    values |= {f"{name}.enabled": bool(args.get(name)) for name in _PRECISIONS}
     zero = settings.get("zero_optimization") or {}
     if zero.get("stage3_use_all_reduce_for_fetch_params"):
         yield ConfigError(
@@ -211,100 +233,103 @@ def _in_deepspeed_file(args: Recipe, path: Path) -> Iterator[ConfigError]:
             "(https://github.com/deepspeedai/DeepSpeed/pull/8158)",
             do="take the key out",
         )
-    for key, value in own.items():
+    for key, value in values.items():
         given = flat.get(key, "auto")
         if given not in ("auto", None) and given != value:
             yield ConfigError(
-                f"DeepSpeed's file says {key}: {given}, the recipe comes to {value}",
+                f"the DeepSpeed file has {key}: {given}, and the recipe has {value}",
                 where=path,
                 expected='"auto": the recipe decides',
-                do='write "auto" there',
+                do=f'write "auto" for {key}',
             )
 
 
 def _in_blocks(args: Recipe, path: Path) -> Iterator[ConfigError]:
-    """Settings that the blocks of step 2 were not made with; LLaMA-Factory would ignore them."""
+    """Settings that differ from those of step 2's blocks; LLaMA-Factory would ignore them."""
     record = Path(str(args.get("tokenized_path") or ""), "mix.json")
     if not record.is_file():
         return
     mix = json.loads(record.read_text("utf-8"))
-    if mix.get("block_size", args["cutoff_len"]) != args["cutoff_len"]:
+    size = mix.get("block_size", args.block_size)
+    if size != args.block_size:
         yield ConfigError(
-            f"cutoff_len is {args['cutoff_len']}, and the blocks have {mix['block_size']} tokens",
+            f"cutoff_len is {args.block_size}, and the blocks have {size} tokens",
             where=f"{path}{line_of(path, 'cutoff_len')}\n{record}",
             expected="blocks of cutoff_len tokens",
             do="run notebook 02_data with the same OVERRIDES",
         )
-    lacking = [n for n in names_of(args.get("eval_dataset")) if n not in mix["heldout_blocks"]]
-    if lacking and evaluates(args):
+    missing = [n for n in names_of(args.get("eval_dataset")) if n not in mix["heldout_blocks"]]
+    if missing:
         yield ConfigError(
-            f"eval_dataset: {', '.join(lacking)} would not be measured",
+            f"eval_dataset: {', '.join(missing)} would not be evaluated",
             where=f"{path}{line_of(path, 'eval_dataset')}\n{record}",
             expected=f"held-out sets that have blocks: {', '.join(mix['heldout_blocks'])}",
             do="name these, or prepare the other ones with notebook 02_data",
         )
 
 
-def _parser_says(args: Recipe) -> str | None:
-    """LLaMA-Factory's own parser on a recipe, as far as it can be asked without GPUs and ranks."""
+def _parser_error(args: Recipe) -> str | None:
+    """The error of LLaMA-Factory's parser, as far as it can run without GPUs and ranks."""
     from llamafactory.hparams import get_ray_args, get_train_args
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
-    asked = {k: v for k, v in args.items() if k not in ("deepspeed", "bf16", "fp16")}
-    asked |= {"use_cpu": True, "report_to": "none", "overwrite_output_dir": True}
+    parsed = {k: v for k, v in args.items() if k not in ("deepspeed", "bf16", "fp16")}
+    parsed |= {"use_cpu": True, "report_to": "none", "overwrite_output_dir": True}
     try:
         with hushed():
-            get_train_args(asked)
+            get_train_args(parsed)
             get_ray_args(args)
     except Exception as error:
         return (str(error).strip().splitlines() or [type(error).__name__])[-1]
     finally:
-        logging.set_verbosity(verbosity)  # the parser turns it up
+        logging.set_verbosity(verbosity)  # the parser raises it
     return None
 
 
-def take_secrets(args: Recipe) -> list[str]:
-    """Takes tokens out of ``ray_init_kwargs.runtime_env.env_vars``, where guides put them.
+def unusable(args: Recipe, path: Path, overrides: dict[str, Any]) -> Iterator[ConfigError]:
+    """Settings that LLaMA-Factory accepts and that cannot work here, or would be ignored."""
 
-    They would end in every checkpoint's ``training_args.bin``, in Ray's ``params.json`` and in
-    MLflow. A real one goes into this process's environment, unless one is there; from there the
-    workers get it through memory. Placeholders just go.
+    def error(key: str, what: str, expected: str, do: str) -> ConfigError:
+        return ConfigError(what, where=where_of(path, key, overrides), expected=expected, do=do)
 
-    Returns:
-        The names of the variables that were taken out.
-    """
-    environment = (args.get("ray_init_kwargs") or {}).get("runtime_env") or {}
-    variables = environment.get("env_vars") or {}
-    taken = [name for name in variables if any(mark in name.upper() for mark in _SECRET_NAMES)]
-    if taken:
-        kept = {name: value for name, value in variables.items() if name not in taken}
-        runtime = environment | {"env_vars": kept}
-        args["ray_init_kwargs"] = args["ray_init_kwargs"] | {"runtime_env": runtime}
-    for name in taken:
-        value = str(variables[name])
-        if value.strip() and not _PLACEHOLDER.search(value):
-            os.environ.setdefault(name, value)
-    return taken
-
-
-def secrets(args: Recipe, path: Path) -> Iterator[ConfigError]:
-    """A token in a recipe would be in every checkpoint, in Ray's and in MLflow's records."""
-    for key, value in strings(args):
-        named = key.lower().endswith(("_token", "password", "secret", "api_key"))
-        placeholder = _PLACEHOLDER.search(value)
-        if (named and value.strip() and not placeholder) or SECRET.search(value):
-            yield ConfigError(
-                f"the recipe holds a secret, {key}",
-                where=f"{path}{line_of(path, key.split('.')[0])}",
-                expected="secrets in the environment only",
-                do="take it out of the file and `export HF_TOKEN=…` (or the variable it is for) "
-                "before starting; it is handed to the workers from there",
+    for key, texts in _UNUSABLE.items():
+        if args.get(key) and str(args[key]).lower() not in _FALSE:
+            yield error(key, *texts)
+    tracker = args.get("report_to", "none")
+    if str(tracker) not in ("mlflow", "none", "['mlflow']", "['none']"):
+        do = "choose one of these; other trackers can read metrics.jsonl in the run's folder"
+        yield error("report_to", f"report_to: {tracker!r}", "mlflow or none", do)
+    if args.resources.get("GPU", 0) not in (0, 1):
+        yield error(
+            "resources_per_worker",
+            f"resources_per_worker: each worker asks for {args.resources['GPU']!r} GPUs",
+            "GPU: 1. A worker trains on one GPU: of two the second is idle, and NCCL refuses two "
+            "workers on one",
+            "resources_per_worker: {GPU: 1}, and ray_num_workers: the number of GPUs",
+        )
+    if ignored := [name for name in ignored_by_ray(args) if name not in _DISPLAY]:
+        yield error(
+            "ray_init_kwargs",
+            f"ray_init_kwargs: {', '.join(ignored)} would be ignored",
+            "runtime_env.env_vars, the only key that is used",
+            "take it out. RAY_ADDRESS names a cluster; packages belong in the nodes' image",
+        )
+    for name in args.variables:
+        reader = next((who for start, who in _READ_EARLIER.items() if name.startswith(start)), "")
+        if reader:
+            yield error(
+                "ray_init_kwargs",
+                f"ray_init_kwargs: the variable {name} would have no effect",
+                f"a variable that is read during the training; this one is read by {reader}, "
+                "before a recipe's variables arrive",
+                "take it out, and set it where Ray starts: in the nodes' image, in the variables "
+                "of the workspace or job, or in this shell",
             )
-        elif placeholder:
-            yield ConfigError(
-                f"{key}: a placeholder was left in, {placeholder[0]}",
-                where=f"{path}{line_of(path, key.split('.')[0])}",
-                expected="a value",
-                do="fill it in, or take the line out",
-            )
+
+
+def ignored_by_ray(args: Recipe) -> list[str]:
+    """The keys of ``ray_init_kwargs`` that have no effect."""
+    given = args.get("ray_init_kwargs") or {}
+    nested = (f"runtime_env.{n}" for n in given.get("runtime_env") or {} if n != "env_vars")
+    return [*(str(name) for name in given if name != "runtime_env"), *nested]
