@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from cpt_helpers import plots
+from cpt_helpers.data.corpora import Corpus
 from cpt_helpers.errors import DataError
 from cpt_helpers.export import assessment, cloze, evaluation, report
 from cpt_helpers.export.cloze import Cloze, Item
@@ -274,7 +275,7 @@ def run(tmp_path_factory, held_out: list[str], tiny_gemma3: Path, taught: Path) 
     for name, texts in corpora.items():
         folder = run.storage / "corpora" / name
         assets.write_jsonl(folder / "heldout.jsonl", texts)
-        fields = dict.fromkeys(corpora.Corpus.__dataclass_fields__, 0) | {
+        fields = dict.fromkeys(Corpus.__dataclass_fields__, 0) | {
             "name": name,
             "folder": "",
         }

@@ -177,7 +177,7 @@ for name, given in json.loads({text!r}).items():
     (app,) = ServeDeploySchema(**given).applications
     try:
         (config,) = LLMServingArgs.model_validate(app.args).parse_args().llm_configs
-        found[name] = resolution.model_dump(mode="json", exclude_unset=True)
+        found[name] = config.model_dump(mode="json", exclude_unset=True)
     except ValueError as error:
         found[name] = str(error)
 print(json.dumps(found))
