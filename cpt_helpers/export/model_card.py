@@ -9,13 +9,12 @@ import contextlib
 import json
 import re
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 from .. import recipes
 from ..errors import ExportError
-from ..recipes import Recipe, names_of
+from ..recipes import names_of
 from ..run import Run
 from ..setup import assets, hub
 from .huggingface import CARD, NOTE
@@ -57,7 +56,8 @@ def write(run: Run, export_folder: Path, exported: dict[str, Any]) -> Path:
             do="run notebook 06_export",
         )
     form = json.loads(note.read_text("utf-8")).get("form", "merged")
-    recipe, results = recipes.load(run), run.results()
+    recipe, results, events = recipes.load(run), run.results(), run.events()
+    last = {event["event"]: event for event in events}
     base = str(recipe["model_name_or_path"])
     public_base = Path(base).name if Path(base).is_absolute() else base
     license_ = _license(base)
@@ -79,15 +79,14 @@ def write(run: Run, export_folder: Path, exported: dict[str, Any]) -> Path:
         front_matter=front_matter.to_yaml(),
         name=run.name,
         base=public_base,
-        method=recipe.method,
         form=form,
         license=license_.get("license_name") or license_.get("license"),
-        data=_data(recipe, results),
-        training=_training(run, recipe, results),
+        recipe=recipe,
+        results=results,
         exported=exported,
-        held_out=recipe.held_out,
-        perplexity=results.get("perplexity", {}),
-        versions=results.get("versions", {}),
+        events=events,
+        start=last.get("start", {}),
+        step=last.get("step", {}),
     )
 
 
@@ -132,39 +131,3 @@ def _card_of(base: str) -> dict[str, Any]:
             path = Path(cached)
         return metadata_load(path) or {}
     return {}
-
-
-def _data(recipe: Recipe, results: dict[str, Any]) -> dict[str, Any]:
-    data, tokenised = results.get("data", {}), recipe.get("tokenized_path")
-    return {
-        "trained on": ", ".join(names_of(recipe.get("dataset"))),
-        "documents": data.get("documents"),
-        "tokens in the documents": data.get("tokens"),
-        "held-out documents": data.get("heldout_documents"),
-        "measured on": ", ".join(names_of(recipe.get("eval_dataset"))),
-        "tokenised data": Path(tokenised).name if tokenised else None,
-    }
-
-
-def _training(run: Run, recipe: Recipe, results: dict[str, Any]) -> dict[str, Any]:
-    train, events = results.get("train", {}), run.events()
-    last = {event["event"]: event for event in events}
-    start, step = last.get("start", {}), last.get("step", {})
-    sizes = start.get("parameters", {})
-    return {
-        "date (UTC)": time.strftime("%Y-%m-%d", time.gmtime(events[-1]["time"]))
-        if events
-        else None,
-        "fine-tuning type": recipe.method,
-        "parameters trained": sizes.get("trained"),
-        "parameters in total": sizes.get("all"),
-        "learning rate": recipe.get("learning_rate"),
-        "steps": step.get("step"),
-        "blocks per step (global batch)": recipe.global_batch,
-        "tokens per block (cutoff_len)": recipe.block_size,
-        "precision": next((key for key in ("bf16", "fp16") if recipe.get(key)), "fp32"),
-        "workers": start.get("world_size"),
-        "ZeRO stage": start.get("zero_stage"),
-        "seconds": train.get("seconds"),
-        "tokens/s": train.get("tokens_per_second"),
-    }

@@ -218,7 +218,11 @@ def render(path: Path, **values: Any) -> Path:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"percent": percent, "signed": _signed}
+    environment.filters |= {
+        "percent": percent,
+        "signed": lambda value: f"{value:+.3f}".replace("-", "−"),
+        "date": lambda seconds: time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds)),
+    }
     part = path.with_name(f".{path.name}")
     part.write_text(environment.get_template(f"{path.name}.jinja").render(**values) + "\n", "utf-8")
     return part.replace(path)
@@ -229,7 +233,6 @@ def _contents(run: Run, measured: Evaluation) -> dict[str, Any]:
     import matplotlib.pyplot as plt
 
     recipe, results, events = recipes.load(run), run.results(), run.events()
-    when = events[-1]["time"] if events else time.time()
     with plt.ioff(), plt.rc_context({"font.size": 11, "axes.edgecolor": "#777"}):
         pictures = {"changes": _picture(_changes(measured))}
         if any(event["event"] == "step" for event in events):
@@ -242,10 +245,10 @@ def _contents(run: Run, measured: Evaluation) -> dict[str, Any]:
         "resamples": evaluation.RESAMPLES,
         "facts": {
             "base model": measured.base,
-            "corpus": ", ".join(recipes.names_of(recipe.get("dataset"))),
+            "corpus": recipe.get("dataset", ""),
             "recipe": results.get("config", {}).get("recipe", "not recorded"),
-            "trained": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(when)),
         },
+        "trained": events[-1]["time"] if events else time.time(),
         "pictures": pictures,
         "spent": [(part, s, s / total) for part, s in spent.items()] if total else [],
         "costs": plots.costs(run),
@@ -309,7 +312,3 @@ def _picture(figure: Figure) -> str:
     figure.savefig(buffer, format="png", dpi=150)
     plt.close(figure)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _signed(value: float, digits: int = 3) -> str:
-    return f"{value:+.{digits}f}".replace("-", "−")
