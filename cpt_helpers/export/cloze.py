@@ -17,6 +17,7 @@ from ..errors import DataError
 from .evaluation import (
     NOT_SIGNIFICANT,
     Interval,
+    before_after,
     bootstrap,
     conclusion,
     opening,
@@ -33,6 +34,7 @@ _SECTION = re.compile(r"^( *)(?:Args|Arguments|Parameters|Attributes):[ \t]*\n",
 _ENTRY = re.compile(r"( +)(\*{0,2}[A-Za-z_]\w*)((?: \([^\n]*?\))?: *\S[^\n]*)\n?")
 _SENTENCE_END = re.compile(r"(?<= )([A-Za-z]{4,})([.!?])(?=\s|\Z)")
 _DESCRIPTION = 160  # characters of a description that are scored
+_CONTEXT = 128  # the last tokens of a prompt, which the model sees
 
 
 @dataclass(frozen=True)
@@ -134,15 +136,15 @@ class Outcome:
 
     def as_dict(self) -> dict[str, Any]:
         """The values for a run's results."""
-        both = {"before": self.before, "after": self.after}
-        intervals = {when: self.cloze.accuracy_interval(both[when]) for when in both}
+        answers = {"before": self.before, "after": self.after}
+        interval = {when: self.cloze.accuracy_interval(answers[when]) for when in answers}
         return {
             "form": self.cloze.form,
             "items": len(self.cloze.items),
             "documents": len({item.document for item in self.cloze.items}),
             "chance": round(self.cloze.chance, 4),
-            "accuracy": {when: round(self.cloze.accuracy(both[when]), 4) for when in both},
-            "interval": {when: [round(end, 4) for end in intervals[when]] for when in both},
+            "accuracy": before_after(self.accuracy, 4),
+            "interval": {when: [round(end, 4) for end in interval[when]] for when in interval},
             "change": round(self.change.estimate, 4),
             "change_interval": self.change.as_list(),
             "verdict": self.verdict,
@@ -173,21 +175,14 @@ def make(texts: Sequence[str], *, most: int = 60, seed: int = 0) -> Cloze:
     )
 
 
-def answer(model: Any, tokenizer: Any, cloze: Cloze, *, context: int = 128) -> tuple[int, ...]:
-    """A model's option for each item: the highest mean log likelihood per token.
-
-    Args:
-        model: In plain transformers.
-        tokenizer: The model's.
-        cloze: From :func:`make`.
-        context: The model sees the last ``context`` tokens of the prompt.
-    """
+def answer(model: Any, tokenizer: Any, cloze: Cloze) -> tuple[int, ...]:
+    """A model's option for each item: the one with the highest mean log likelihood per token."""
     rows, lengths = [], []
     first = opening(tokenizer)
     for item in cloze.items:
         shared, options = tokens_of(tokenizer, item)
         for ids in options:
-            rows.append([first, *ids[max(shared - context, 0) :]])
+            rows.append([first, *ids[max(shared - _CONTEXT, 0) :]])
             lengths.append(len(ids) - shared)
     losses = iter(
         float(row[-length:].mean())
@@ -213,16 +208,14 @@ def tokens_of(tokenizer: Any, item: Item) -> tuple[int, list[list[int]]]:
     return next(differing, min(map(len, options)) - 1), options
 
 
-def compare(cloze: Cloze, before: Sequence[int], after: Sequence[int], *, seed: int = 0) -> Outcome:
+def compare(cloze: Cloze, before: Sequence[int], after: Sequence[int]) -> Outcome:
     """Compares the answers of two models, item by item."""
     gains: dict[int, list[int]] = {}
     for item, base, trained in zip(cloze.items, before, after, strict=True):
         gain = (trained == item.right) - (base == item.right)
         gains.setdefault(item.document, []).append(gain)
-    by_document = [[sum(own), len(own)] for own in gains.values()]
-    change = bootstrap(
-        list(zip(*by_document, strict=True)), lambda gained, items: gained / items, seed=seed
-    )
+    sums = [sum(gain) for gain in gains.values()], [len(gain) for gain in gains.values()]
+    change = bootstrap(sums, lambda gained, items: gained / items)
     return Outcome(cloze, tuple(before), tuple(after), change)
 
 
@@ -284,15 +277,8 @@ def _with_options(
 ) -> Item | None:
     """The item with wrong options of the same kind and similar length from other documents."""
     plain = _plain(texts[gap.document])
-    wrong = sorted(
-        {
-            other.answer
-            for other in gaps
-            if other.kind == gap.kind
-            and other.document != gap.document
-            and _plain(other.answer) not in plain
-        }
-    )
+    others = [g for g in gaps if g.kind == gap.kind and g.document != gap.document]
+    wrong = sorted({other.answer for other in others if _plain(other.answer) not in plain})
     rng.shuffle(wrong)
     wrong.sort(key=lambda other: abs(len(other) - len(gap.answer)))
     near = wrong[: 2 * (CHOICES - 1)]  # not always the same neighbours

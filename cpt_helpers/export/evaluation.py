@@ -50,21 +50,20 @@ class Interval:
         return [round(self.low, 4), round(self.high, 4)]
 
 
-def bootstrap(documents: Any, statistic: Callable[..., Any], *, seed: int = 0) -> Interval:
+def bootstrap(documents: Any, statistic: Callable[..., Any]) -> Interval:
     """A statistic of sums over documents, with the 95 % percentile interval of its resamples.
 
-    Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
+    Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13. The random numbers
+    are the same in each call.
 
     Args:
         documents: An array of quantities to sum, each a row with one value per document.
         statistic: Takes the sum of each quantity, as numbers or as arrays.
-        seed: The same seed gives the same interval.
     """
     import numpy as np
 
     values = np.asarray(documents, dtype=float)
-    size = values.shape[1]
-    draws = np.random.default_rng(seed).integers(0, size, (RESAMPLES, size))
+    draws = np.random.default_rng(0).integers(0, values.shape[1], (RESAMPLES, values.shape[1]))
     resampled = statistic(*(row[draws].sum(axis=1) for row in values))
     low, high = np.percentile(resampled, [2.5, 97.5])
     return Interval(float(statistic(*values.sum(axis=1))), float(low), float(high))
@@ -80,14 +79,12 @@ class Comparison:
         documents: One row per document: ``title``, ``bytes``, the bits per byte ``before`` and
             ``after`` and their ``change``, and the nats and tokens under both models.
         change: Relative change of perplexity; below zero is better.
-        tolerance: Relative rise of perplexity that still counts as kept.
     """
 
     corpus: str
     role: str
     documents: DataFrame = field(repr=False)
     change: Interval
-    tolerance: float = TOLERANCE
 
     @property
     def perplexity(self) -> tuple[float, float]:
@@ -98,10 +95,6 @@ class Comparison:
     def bits_per_byte(self) -> tuple[float, float]:
         """Loss per byte before and after; it does not depend on the tokenizer."""
         return bits_of(self.documents, "_before"), bits_of(self.documents, "_after")
-
-    @property
-    def tokens(self) -> int:
-        return int(self.documents["tokens_after"].sum())
 
     def most_improved(self, count: int = 3) -> DataFrame:
         """The documents whose bits per byte fell most."""
@@ -122,9 +115,9 @@ class Comparison:
             return NOT_SIGNIFICANT
         if self.role != "general" and self.change.high < 0:
             return "better"
-        if self.change.low > 0 and self.change.estimate > self.tolerance:
+        if self.change.low > 0 and self.change.estimate > TOLERANCE:
             return "worse"
-        if self.role != "domain" and self.change.high <= self.tolerance:
+        if self.role != "domain" and self.change.high <= TOLERANCE:
             return "kept"
         return NOT_SIGNIFICANT
 
@@ -148,7 +141,7 @@ class Comparison:
         return {
             "corpus": self.corpus,
             "documents": len(self.documents),
-            "tokens": self.tokens,
+            "tokens": int(self.documents["tokens_after"].sum()),
             "perplexity": before_after(self.perplexity, 3),
             "bits_per_byte": before_after(self.bits_per_byte, 4),
             "change": round(self.change.estimate, 4),
@@ -157,15 +150,7 @@ class Comparison:
         }
 
 
-def compare(
-    corpus: str,
-    before: DataFrame,
-    after: DataFrame,
-    *,
-    role: str = "",
-    tolerance: float = TOLERANCE,
-    seed: int = 0,
-) -> Comparison:
+def compare(corpus: str, before: DataFrame, after: DataFrame, *, role: str = "") -> Comparison:
     """Compares the losses of the same documents under two models.
 
     Args:
@@ -173,14 +158,10 @@ def compare(
         before: From :func:`document_losses`, under the base model.
         after: Under the trained model.
         role: ``"domain"``, ``"general"``, or nothing.
-        tolerance: Relative rise of perplexity that still counts as kept.
-        seed: Of the bootstrap.
 
     Raises:
         DataError: They are not the same documents.
     """
-    import numpy as np
-
     keys = ["title", "bytes"]
     if not before[keys].equals(after[keys]):
         raise DataError(
@@ -193,14 +174,15 @@ def compare(
         documents[when] = documents[f"nats_{when}"] / math.log(2) / documents["bytes"]
     documents["change"] = documents["after"] - documents["before"]
     columns = ["nats_before", "tokens_before", "nats_after", "tokens_after"]
-    change = bootstrap(
-        documents[columns].to_numpy().T,
-        lambda nats, tokens, nats_after, tokens_after: (
-            np.exp(nats_after / tokens_after - nats / tokens) - 1
-        ),
-        seed=seed,
-    )
-    return Comparison(corpus, role, documents, change, tolerance)
+    change = bootstrap(documents[columns].to_numpy().T, _relative_change)
+    return Comparison(corpus, role, documents, change)
+
+
+def _relative_change(nats: Any, tokens: Any, nats_after: Any, tokens_after: Any) -> Any:
+    """The relative change of perplexity, from sums of nats and tokens."""
+    import numpy as np
+
+    return np.exp(nats_after / tokens_after - nats / tokens) - 1
 
 
 def document_losses(model: Any, tokenizer: Any, texts: Sequence[str], block_size: int) -> DataFrame:

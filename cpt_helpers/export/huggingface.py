@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,13 +41,12 @@ class Verification:
 
     Attributes:
         dtype: The precision of the loaded weights.
-        table: One row per held-out text: the trainer's perplexity, the exported model's, and their
-            relative difference.
+        table: For each role, the trainer's perplexity, the exported model's, and the difference.
         same_separator: Whether documents end with the base model's token.
     """
 
     dtype: str
-    table: DataFrame = field(repr=False)
+    table: DataFrame
     same_separator: bool
 
     @property
@@ -64,6 +63,9 @@ class Verification:
     def perplexity(self) -> dict[str, float]:
         """The exported model's perplexity by role."""
         return self.table["exported model"].round(3).to_dict()
+
+    def __repr__(self) -> str:
+        return self.table.to_string()
 
     def _repr_html_(self) -> str:
         shown = self.table.round(3)
@@ -107,26 +109,17 @@ class Export:
         return models.load(self.folder)
 
     def verify(self, model: Any, tokenizer: Any) -> Verification:
-        """Measures held-out perplexity again and compares it with the trainer's.
-
-        Args:
-            model: From :meth:`load`.
-            tokenizer: From :meth:`load`.
-        """
+        """Measures the loaded model's held-out perplexity and compares it with the trainer's."""
         import pandas as pd
 
         recipe = recipes.load(self.run)
-        measured = evaluation.held_out_perplexity(self.run, model, tokenizer)
-        losses = self.checkpoint.losses
-        table = pd.DataFrame(
-            {
-                "held-out text": recipe.held_out,
-                "trainer": {
-                    r: math.exp(losses.get(n, math.nan)) for r, n in recipe.held_out.items()
-                },
-                "exported model": measured,
-            }
-        ).rename_axis("role")
+        roles, losses = recipe.held_out, self.checkpoint.losses
+        columns = {
+            "held-out text": roles,
+            "trainer": {role: math.exp(losses.get(name, math.nan)) for role, name in roles.items()},
+            "exported model": evaluation.held_out_perplexity(self.run, model, tokenizer),
+        }
+        table = pd.DataFrame(columns).rename_axis("role")
         table["difference"] = table["exported model"] / table["trainer"] - 1
         base = tokenizer_of(recipe["model_name_or_path"])
         dtype = str(model.dtype).removeprefix("torch.")
@@ -152,12 +145,8 @@ def export_run(
     Args:
         run: The run.
         checkpoint: ``"last"``, or ``"best"`` by held-out loss on the domain.
-        dtype: As for :func:`write_model`.
-        form: As for :func:`write_model`.
-
-    Raises:
-        CheckpointError: There is no such checkpoint.
-        ExportError: As for :func:`write_model`.
+        dtype: As for :func:`write_model`, like ``form`` and the errors.
+        form: ``"merged"`` or ``"adapter"``.
     """
     chosen = pick(run, checkpoint, recipes.load(run).held_out.get("domain"))
     return Export(run, chosen, write_model(chosen.model, run.export, dtype=dtype, form=form), form)
