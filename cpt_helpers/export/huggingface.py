@@ -75,14 +75,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class Export:
-    """An exported checkpoint of a run.
-
-    Attributes:
-        run: The run.
-        checkpoint: The checkpoint it was made from.
-        folder: The Hugging Face folder.
-        form: ``"merged"`` or ``"adapter"``.
-    """
+    """An exported checkpoint: the Hugging Face folder, and its form, merged or adapter."""
 
     run: Run
     checkpoint: Checkpoint
@@ -199,16 +192,16 @@ def write_model(
 
 
 def is_made(note: Path, made_from: dict[str, Any], expected: str, *older: dict[str, Any]) -> bool:
-    """Whether the note's folder was made from these inputs.
+    """Whether the folder of this note exists and was made from these inputs.
 
     Args:
-        note: The file in which the folder's inputs are recorded.
+        note: The file that records the inputs.
         made_from: The inputs.
-        expected: What the folder may contain, for the error message.
-        *older: Forms of the inputs that earlier releases recorded.
+        expected: A description of the folder for the error message.
+        *older: The inputs as earlier releases recorded them.
 
     Raises:
-        ExportError: The folder exists and was made from something else.
+        ExportError: The folder was made from something else.
     """
     if not note.parent.exists():
         return False

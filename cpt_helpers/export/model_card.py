@@ -14,7 +14,7 @@ from typing import Any
 
 from .. import recipes
 from ..errors import ExportError
-from ..recipes import names_of
+from ..recipes import Recipe, names_of
 from ..run import Run
 from ..setup import assets, hub
 from .huggingface import CARD, NOTE
@@ -45,8 +45,6 @@ def write(run: Run, export_folder: Path, exported: dict[str, Any]) -> Path:
         ExportError: There is no export in that folder.
         ConfigError: The run has no resolved recipe.
     """
-    from huggingface_hub import ModelCardData
-
     note = export_folder / NOTE
     if not note.is_file():
         raise ExportError(
@@ -64,19 +62,9 @@ def write(run: Run, export_folder: Path, exported: dict[str, Any]) -> Path:
     for pattern in _LICENSE_FILES:  # most licences require that their text is passed on
         for path in Path(base).glob(pattern) if Path(base).is_dir() else ():
             shutil.copy(path, export_folder / path.name)
-    tags = ["continued-pretraining", "llama-factory", "deepspeed", "ray"]
-    tags += ["lora"] * (recipe.method == "lora") + ["peft"] * (form == "adapter")
-    front_matter = ModelCardData(
-        base_model=public_base,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=tags,
-        datasets=names_of(recipe.get("dataset")),
-        **license_,
-    )
     return render(
         export_folder / CARD,
-        front_matter=front_matter.to_yaml(),
+        front_matter=_front_matter(recipe, public_base, form, license_),
         name=run.name,
         base=public_base,
         form=form,
@@ -88,6 +76,21 @@ def write(run: Run, export_folder: Path, exported: dict[str, Any]) -> Path:
         start=last.get("start", {}),
         step=last.get("step", {}),
     )
+
+
+def _front_matter(recipe: Recipe, base: str, form: str, license_: dict[str, Any]) -> str:
+    from huggingface_hub import ModelCardData
+
+    tags = ["continued-pretraining", "llama-factory", "deepspeed", "ray"]
+    tags += ["lora"] * (recipe.method == "lora") + ["peft"] * (form == "adapter")
+    return ModelCardData(
+        base_model=base,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=tags,
+        datasets=names_of(recipe.get("dataset")),
+        **license_,
+    ).to_yaml()
 
 
 def _license(base: str) -> dict[str, Any]:

@@ -23,13 +23,7 @@ from . import model_card
 
 @dataclass(frozen=True)
 class Publication:
-    """The records of an export.
-
-    Attributes:
-        card: The model card.
-        model: The model's name in MLflow's registry.
-        version: Its version; ``None`` where the recipe does not report to MLflow.
-    """
+    """The model card, and the model's name and version in MLflow's registry, if it is there."""
 
     card: Path
     model: str
@@ -65,15 +59,12 @@ def register(run: Run, args: Recipe, exported: dict[str, Any], name: str = "") -
     Args:
         run: The run that was exported.
         args: Its resolved recipe.
-        exported: As for :func:`tracking.add_export`; ``path`` and ``perplexity`` are used.
+        exported: As for :func:`publish`; ``path`` and ``perplexity`` are used.
         name: The model's name in the registry; default the run's name.
 
     Returns:
         The version. The same weights in the same folder keep their version. ``None`` where the
         recipe does not report to MLflow.
-
-    Raises:
-        TrackingError: MLflow does not answer, or does not know the run.
     """
     if not tracking_store.reports(args):
         return None
@@ -119,12 +110,9 @@ def registered(uri: str, name: str, version: int | None = None) -> tuple[Path, d
     chosen = versions.get(max(versions, default=0) if version is None else version)
     if chosen is None:
         raise TrackingError(
-            f"MLflow's registry has no model '{name}'"
-            + (f", version {version}" if version else ""),
+            f"MLflow's registry has no model '{name}'" + f", version {version}" * bool(version),
             where=uri,
-            expected=f"one of the versions {sorted(versions)}"
-            if versions
-            else "a registered model",
+            expected=f"a registered model; the known versions are {sorted(versions)}",
             do="run notebook 06_export again",
         )
     folder = Path(chosen.tags["cpt.path"])

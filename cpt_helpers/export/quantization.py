@@ -41,14 +41,13 @@ IGNORED = ["lm_head", "re:.*vision_tower.*", "re:.*multi_modal_projector.*"]
 def compare_formats(exported: Export, verification: Verification, scheme: str = "") -> DataFrame:
     """Quantizes an export if asked to, and compares sizes and held-out perplexities.
 
+    The quantized folder is ``<run>/export-<scheme>``. W4A16 is calibrated on the training half of
+    the corpus.
+
     Args:
         exported: The export, in full precision.
         verification: Its perplexities.
-        scheme: ``"W8A16"``, ``"W4A16"``, or empty for the full precision alone. The folder is
-            ``<run>/export-<scheme>``. W4A16 is calibrated on the training half of the corpus.
-
-    Raises:
-        ExportError: As for :func:`quantize`.
+        scheme: ``"W8A16"``, ``"W4A16"``, or empty for the full precision alone.
     """
     import pandas as pd
 
@@ -93,23 +92,20 @@ def quantize(
         The size of the folder in bytes.
 
     Raises:
-        ExportError: The scheme is unknown, W4A16 has too little text or no group size that fits,
-            the folder holds an adapter, the model is quantized already, or the target holds
-            something else.
+        ExportError: The scheme, the calibration text, the model or the target cannot be used.
         AssetError: ``exported`` is no model folder.
     """
     validate_options(scheme)
     group = _group_of(exported, scheme)
     blocks = _blocks(exported, texts, samples, block_size) if scheme == "W4A16" else []
     digest = hashlib.sha256(json.dumps(blocks).encode()).hexdigest()
+    calibration = {"blocks": len(blocks), "block_size": block_size, "sha256": digest}
     made_from = {
         "model": str(exported),
         "weights": [assets.sha256(path) for path in sorted(exported.glob("*.safetensors"))],
         "scheme": scheme,
         "group_size": group,
-        "calibration": {"blocks": len(blocks), "block_size": block_size, "sha256": digest}
-        if blocks
-        else None,
+        "calibration": calibration if blocks else None,
     }
     expected = f"{exported} as {scheme}, from the same weights and text"
     if not is_made(target / NOTE, made_from, expected):
@@ -125,11 +121,7 @@ def quantize(
 
 
 def validate_options(scheme: str, form: str = "merged") -> None:
-    """Checks the options of a quantization before anything is loaded.
-
-    Args:
-        scheme: ``"W8A16"`` or ``"W4A16"``.
-        form: The form of the export, as for :func:`huggingface.write_model`.
+    """Checks the scheme and the form of the export before anything is loaded.
 
     Raises:
         ExportError: The scheme is unknown, or the export is an adapter.
@@ -155,22 +147,14 @@ def size_of(folder: Path) -> int:
 def group_size(model: Any) -> int:
     """Inputs per scale: the largest size that divides the width of every quantized layer.
 
-    Args:
-        model: In plain transformers; the meta device is enough.
-
     Raises:
         ExportError: No size divides all widths.
     """
     import torch
 
     ignored = "|".join(name.removeprefix("re:") for name in IGNORED)
-    widths = sorted(
-        {
-            layer.in_features
-            for name, layer in model.named_modules()
-            if isinstance(layer, torch.nn.Linear) and not re.fullmatch(ignored, name)
-        }
-    )
+    layers = [m for n, m in model.named_modules() if not re.fullmatch(ignored, n)]
+    widths = sorted({layer.in_features for layer in layers if isinstance(layer, torch.nn.Linear)})
     for size in GROUPS:
         if all(width % size == 0 for width in widths):
             return size
@@ -185,11 +169,7 @@ def group_size(model: Any) -> int:
 
 
 def _group_of(exported: Path, scheme: str) -> int | None:
-    """The group size, from the configuration alone.
-
-    Raises:
-        ExportError: The folder holds an adapter or a quantized model.
-    """
+    """The group size for W4A16, from the configuration alone."""
     full = "full weights, as notebook 06_export writes them"
     if (exported / models.ADAPTER).is_file():
         raise ExportError(

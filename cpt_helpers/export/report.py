@@ -12,7 +12,7 @@ import io
 import random
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -55,8 +55,8 @@ class Evaluation:
     Attributes:
         base: The base model's name.
         comparisons: Domain text, general text, then any other corpus.
-        outcome: The cloze test; ``None`` where none can be made, and ``no_cloze`` says why.
-        no_cloze: Empty where there is a cloze test.
+        outcome: The cloze test; ``None`` where there is none.
+        no_cloze: The reason why there is no cloze test.
         continuations: Continuations of prompts by both models.
         seconds: The duration of the measurements.
     """
@@ -138,15 +138,7 @@ def evaluate(
     recipe = recipes.load(run)
     roles = {name.removesuffix(HELD_OUT): role for role, name in recipe.held_out.items()}
     roles |= {name: "" for name in others if name not in roles}
-    if not roles:
-        raise ConfigError(
-            "the recipe names no held-out set to measure",
-            where=run.train_yaml,
-            expected="eval_dataset, as notebook 03_config writes it",
-            do="name corpora in `others`",
-        )
-    halves = {name: corpora.load(name, run.storage).heldout for name in roles}
-    texts = {n: evaluation.sample(corpora.texts_of(half), documents) for n, half in halves.items()}
+    texts = _held_out_texts(run, roles, documents)
     domain = next((name for name, role in roles.items() if role == "domain"), next(iter(roles)))
     test, no_cloze = None, ""
     try:
@@ -173,6 +165,19 @@ def evaluate(
         Continuations(zip(asked, added, added_after, strict=True)),
         round(time.monotonic() - started, 1),
     )
+
+
+def _held_out_texts(run: Run, names: Iterable[str], documents: int) -> dict[str, list[str]]:
+    """A sample of the held-out documents of each corpus."""
+    halves = {name: corpora.load(name, run.storage).heldout for name in names}
+    if not halves:
+        raise ConfigError(
+            "the recipe names no held-out set to measure",
+            where=run.train_yaml,
+            expected="eval_dataset, as notebook 03_config writes it",
+            do="name corpora in `others`",
+        )
+    return {n: evaluation.sample(corpora.texts_of(half), documents) for n, half in halves.items()}
 
 
 def beginning(text: str, words: int = 12) -> str:
@@ -262,15 +267,19 @@ def _contents(run: Run, measured: Evaluation) -> dict[str, Any]:
 
 def _items(outcome: cloze.Outcome) -> list[dict[str, Any]]:
     """The items with both answers, in random order; those with a changed result come first."""
-    items = [
-        {"item": item, "base": base, "trained": trained, "was_right": base == item.right,
-         "is_right": trained == item.right}
-        for item, base, trained in zip(
-            outcome.cloze.items, outcome.before, outcome.after, strict=True
-        )
-    ]  # fmt: skip
+    answers = zip(outcome.cloze.items, outcome.before, outcome.after, strict=True)
+    items: list[dict[str, Any]] = [
+        {
+            "item": item,
+            "base": base,
+            "trained": trained,
+            "base_right": base == item.right,
+            "trained_right": trained == item.right,
+        }
+        for item, base, trained in answers
+    ]
     random.Random(0).shuffle(items)
-    return sorted(items, key=lambda one: one["was_right"] == one["is_right"])
+    return sorted(items, key=lambda one: one["base_right"] == one["trained_right"])
 
 
 def _settings(run: Run, recipe: Recipe) -> Iterator[tuple[str, str]]:
