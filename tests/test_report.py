@@ -31,7 +31,7 @@ PROSE = (
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Tiny tensors on many threads wait for each other more than they work."""
+    """Several threads slow down computations on tiny tensors."""
     import torch
 
     before = torch.get_num_threads()
@@ -47,13 +47,13 @@ def tiny(tiny_gemma3: Path) -> tuple:
 
 @pytest.fixture(scope="module")
 def held_out(documents: list[str]) -> list[str]:
-    """Documents with argument lists: what a cloze test is made of."""
+    """Documents with argument lists, for the cloze test."""
     return [text for text in documents if "Args:" in text and len(text) < 1500][:14]
 
 
 @pytest.fixture(scope="module")
 def taught(tiny_gemma3: Path, held_out: list[str], tmp_path_factory) -> Path:
-    """The tiny model after it has learnt those documents by heart."""
+    """The tiny model, trained until it reproduces these documents."""
     import torch
 
     model, tokenizer = models.load(tiny_gemma3, dtype="float32")
@@ -79,7 +79,7 @@ def taught(tiny_gemma3: Path, held_out: list[str], tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_documents_loss_is_transformers_own(tiny: tuple, documents: list[str]) -> None:
+def test_document_losses_equal_those_of_transformers(tiny: tuple, documents: list[str]) -> None:
     import torch
 
     model, tokenizer = tiny
@@ -98,7 +98,7 @@ def test_a_documents_loss_is_transformers_own(tiny: tuple, documents: list[str])
     assert list(losses.title) == [text.splitlines()[0] for text in texts]
 
 
-def test_a_long_document_is_cut_and_every_token_counted_once(tiny: tuple, documents) -> None:
+def test_long_documents_are_cut_and_each_token_counts_once(tiny: tuple, documents) -> None:
     model, tokenizer = tiny
     text = max(documents, key=len)[:1200]
     (whole,) = evaluation.document_losses(model, tokenizer, [text], 512).itertuples()
@@ -110,7 +110,7 @@ def test_a_long_document_is_cut_and_every_token_counted_once(tiny: tuple, docume
     assert cut.nats == pytest.approx(by_hand, rel=1e-6) != whole.nats
 
 
-def test_rows_together_are_as_rows_alone(tiny: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batched_losses_equal_single_losses(tiny: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = tiny
     draw = random.Random(1)
     rows = [[draw.randrange(512) for _ in range(length)] for length in (2, 40, 7, 90, 41, 3)]
@@ -126,7 +126,7 @@ def losses_of(rows: list[tuple[str, float, int, int]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["title", "nats", "tokens", "bytes"])
 
 
-def test_perplexity_and_bits_by_hand() -> None:
+def test_perplexity_and_bits_per_byte_by_hand() -> None:
     two = losses_of([("a", 6.0, 2, 10), ("b", 3.0, 1, 20)])
     assert evaluation.perplexity_of(two) == pytest.approx(math.exp(3))
     assert evaluation.bits_of(two) == pytest.approx(9 / math.log(2) / 30)
@@ -136,7 +136,7 @@ def test_perplexity_and_bits_by_hand() -> None:
     assert found.change.estimate == pytest.approx(math.exp(-1) - 1)
 
 
-def test_nothing_to_measure(tiny: tuple) -> None:
+def test_empty_documents_are_refused(tiny: tuple) -> None:
     for texts in ([], ["text", ""]):
         with pytest.raises(DataError, match="nothing to measure"):
             evaluation.document_losses(*tiny, texts, 64)
@@ -210,7 +210,7 @@ def test_the_documents_that_improved_and_worsened_most() -> None:
         evaluation.compare("c", before, after[1:])
 
 
-def test_a_sample_is_drawn_evenly_and_in_order() -> None:
+def test_samples_are_uniform_and_ordered() -> None:
     texts = [f"{number:03d}" for number in range(50)]
     drawn = evaluation.sample(iter(texts), 10, seed=3)
     assert drawn == sorted(drawn) == evaluation.sample(texts, 10, seed=3)
@@ -219,7 +219,7 @@ def test_a_sample_is_drawn_evenly_and_in_order() -> None:
     assert all(50 < counts.count(text) < 115 for text in texts), "80 are due to each"
 
 
-def test_items_are_of_the_held_out_documents_alone(held_out: list[str]) -> None:
+def test_items_come_from_held_out_documents_only(held_out: list[str]) -> None:
     test = cloze.make(held_out, most=30, seed=1)
     assert test.form == cloze.API and 10 <= len(test.items) <= 30
     assert test.chance == 0.25
@@ -235,10 +235,10 @@ def test_items_are_of_the_held_out_documents_alone(held_out: list[str]) -> None:
             assert option not in text and any(option in other for other in elsewhere)
     assert cloze.make(held_out, most=30, seed=1) == test != cloze.make(held_out, most=30, seed=2)
     places = {item.right for item in test.items}
-    assert len(places) == 4, "the right one always stands in the same place"
+    assert len(places) == 4, "the right option is always at the same position"
 
 
-def test_prose_is_asked_for_last_words() -> None:
+def test_prose_gives_items_for_last_words() -> None:
     words = ["silver", "copper", "timber", "cotton", "barley", "coffee"]
     times = ["months", "seasons", "winters", "decades", "quarters", "mornings"]
     texts = [
@@ -250,12 +250,12 @@ def test_prose_is_asked_for_last_words() -> None:
     assert {item.answer for item in test.items} == {*words, *times}
 
 
-def test_too_few_items() -> None:
+def test_too_few_items_are_refused() -> None:
     with pytest.raises(DataError, match="2 held-out documents give a cloze test of 0 items only"):
         cloze.make(["Short.", "Shorter."])
 
 
-def test_who_knows_the_answers_scores_higher(tiny: tuple, taught: Path, held_out) -> None:
+def test_a_trained_model_scores_higher(tiny: tuple, taught: Path, held_out) -> None:
     test = cloze.make(held_out, most=60)
     before = cloze.answer(*tiny, test)
     after = cloze.answer(*models.load(taught, dtype="float32"), test)
@@ -270,7 +270,7 @@ def test_who_knows_the_answers_scores_higher(tiny: tuple, taught: Path, held_out
     assert same.conclusion == f"not significant with {len(test.items)} items"
 
 
-def test_wilson_by_hand() -> None:
+def test_wilson_interval_by_hand() -> None:
     item = Item("word", 0, "t", "p ", ("a", "b"), 0, ".")
     ten = Cloze(cloze.WORDS, (item,) * 10)
     assert ten.accuracy_interval([0] * 5 + [1] * 5) == pytest.approx((0.2366, 0.7634), abs=1e-3)
@@ -279,7 +279,7 @@ def test_wilson_by_hand() -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, held_out: list[str], tiny_gemma3: Path, taught: Path) -> Run:
-    """A run's folder as a training leaves it, with three corpora, of which one means harm."""
+    """The folder of a trained run with three corpora; some texts contain HTML."""
     run = Run.open("told", tmp_path_factory.mktemp("report"))
     evil = "<script>alert(1)</script> & <img src=http://example.org/x.png>"
     corpora = {
@@ -341,7 +341,7 @@ def measured(run: Run) -> report.Evaluation:
 
 
 class Page(HTMLParser):
-    """What a page loads, whether its tags close, and its text."""
+    """The loaded resources, unclosed tags and text of a page."""
 
     VOID = ("meta", "img", "br")
 
@@ -369,7 +369,7 @@ def test_the_report(run: Run, measured: report.Evaluation, tiny_gemma3: Path) ->
     assert path == run.folder / "report.html"
     source = path.read_text("utf-8")
     page = Page(source)
-    assert not page.open, "a tag is left open"
+    assert not page.open, "a tag is not closed"
     assert len(page.loads) == 2
     assert all(load.startswith("data:image/png;base64,") for load in page.loads)
     assert not {"script", "link", "iframe", "object"} & page.tags
@@ -421,13 +421,13 @@ def test_a_report_without_a_cloze_test_or_events(run: Run, measured, tmp_path: P
     assert "Costs" not in page.text
 
 
-def test_a_beginning_keeps_its_lines() -> None:
+def test_beginning_keeps_line_breaks() -> None:
     assert report.beginning("a.b\n\nOne two three", 3) == "a.b\n\nOne two"
     assert report.beginning("one", 3) == "one"
 
 
-def test_old_events_tell_less(tmp_path: Path) -> None:
-    """Runs of before memory and MFU were recorded."""
+def test_costs_of_events_without_memory_and_mfu(tmp_path: Path) -> None:
+    """Older runs do not record memory and MFU."""
     kept = [{k: v for k, v in e.items() if k not in ("memory", "mfu")} for e in events()]
     found = plots.costs(SimpleNamespace(events=lambda: kept))
     assert found["tokens"] == 4096 and not {"mfu", "peak_memory"} & set(found)

@@ -41,11 +41,11 @@ class Continuations(list[tuple[str, str, str]]):
         return "\n".join(f"{p}\n  base:    {b}\n  trained: {t}\n" for p, b, t in lines)
 
     def _repr_html_(self) -> str:
-        cells = [[f"<td><pre>{escape(text)}</pre></td>" for text in row] for row in self]
+        pre = '<pre style="white-space: pre-wrap; text-align: left">'
+        cells = [[f"<td>{pre}{escape(text.strip())}</pre></td>" for text in row] for row in self]
         body = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
         heads = "".join(f"<th>{name}</th>" for name in ("prompt", "base model", "trained model"))
-        style = "<style scoped>pre {white-space: pre-wrap; text-align: left}</style>"
-        return f"{style}<table><tr>{heads}</tr>{body}</table>"
+        return f"<table><tr>{heads}</tr>{body}</table>"
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,6 @@ def evaluate(
         documents: Maximum number of documents of each corpus.
         items: Maximum number of items of the cloze test.
         prompts: Texts to continue, before the beginnings of two held-out documents.
-
-    Raises:
-        ConfigError: The recipe names no held-out set.
-        DataError: A corpus is not on the storage.
     """
     started = time.monotonic()
     recipe = recipes.load(run)
