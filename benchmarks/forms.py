@@ -100,8 +100,8 @@ def table(result: dict[str, Any]) -> str:
     first = result["rows"][0]
     lines = [
         f"One model in three formats; {result['date']}, {result['machine']}. Perplexity on "
-        f"held-out {result['corpus']}. Speed in plain transformers, which unpacks the weights before it "
-        "computes. A gain in speed needs a GPU and vLLM's kernels.",
+        f"held-out {result['corpus']}. Speed in plain transformers, which unpacks weights to "
+        "compute. A gain in speed needs a GPU and vLLM's kernels.",
         "",
         "| form | weights | perplexity | tokens/s | peak memory, loading included | time to make |",
         "|---|---|---|---|---|---|",
