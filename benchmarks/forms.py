@@ -1,7 +1,7 @@
-"""What do fewer bits cost? ``make bench-forms``.
+"""The cost of quantization: size, perplexity and speed of each format. ``make bench-forms``.
 
-Takes an exported model, writes it as W8A16 and W4A16, and measures size, perplexity on the held-out
-text of its domain, and the speed of greedy generation in plain transformers on this machine. Writes
+Writes an exported model as W8A16 and W4A16. Measures the size, the perplexity on held-out domain
+text and the speed of greedy generation in plain transformers on this machine. Writes
 ``benchmarks/results/forms.json`` and ``forms.md``.
 """
 
@@ -27,7 +27,7 @@ PROMPT = "ray.train.torch.TorchTrainer\n\nA Trainer for data parallel PyTorch tr
 
 
 def measure(folder: Path, storage: Path, corpus: str, block: int, new: int) -> dict[str, Any]:
-    """Size, perplexity and speed of one form; in a process of its own, for its memory."""
+    """Size, perplexity, speed and peak memory of one format, measured in a separate process."""
     import torch
 
     from cpt_helpers.data import corpora
@@ -40,7 +40,7 @@ def measure(folder: Path, storage: Path, corpus: str, block: int, new: int) -> d
     ids = tokenizer(PROMPT, return_tensors="pt").to(model.device)
     ids.pop("token_type_ids", None)
     speeds = []
-    for _ in range(3):  # the first warms up; the fastest counts, others may use the machine too
+    for _ in range(3):  # the first run warms up; the fastest run counts
         start = time.monotonic()
         with torch.inference_mode():
             model.generate(**ids, max_new_tokens=new, min_new_tokens=new, do_sample=False)
@@ -56,11 +56,11 @@ def measure(folder: Path, storage: Path, corpus: str, block: int, new: int) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path, help="an exported folder, full weights")
-    parser.add_argument("--storage", default="", help="where the corpora lie")
-    parser.add_argument("--corpus", default="ray_docs", help="what it was trained on")
-    parser.add_argument("--block", type=int, default=256, help="tokens in a block")
-    parser.add_argument("--samples", type=int, default=128, help="blocks W4A16 is calibrated with")
+    parser.add_argument("model", type=Path, help="exported folder with full weights")
+    parser.add_argument("--storage", default="", help="folder of the corpora")
+    parser.add_argument("--corpus", default="ray_docs", help="name of the corpus")
+    parser.add_argument("--block", type=int, default=256, help="tokens per block")
+    parser.add_argument("--samples", type=int, default=128, help="calibration blocks of W4A16")
     parser.add_argument("--new", type=int, default=64, help="tokens to generate")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -100,11 +100,11 @@ def main() -> None:
 def table(result: dict[str, Any]) -> str:
     first = result["rows"][0]
     lines = [
-        f"One model in three forms; {result['date']}, {result['machine']}. Perplexity on held-out "
-        f"{result['corpus']}; speed in plain transformers, which unpacks weights to compute: fewer "
-        "bits pay on a GPU, with vLLM's kernels, not here.",
+        f"One model in three formats; {result['date']}, {result['machine']}. Perplexity on "
+        f"held-out {result['corpus']}. Speed in plain transformers, which unpacks weights to "
+        "compute. A gain in speed needs a GPU and vLLM's kernels.",
         "",
-        "| form | weights | perplexity | tokens/s | peak memory, loading included | made in |",
+        "| form | weights | perplexity | tokens/s | peak memory, loading included | time to make |",
         "|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:

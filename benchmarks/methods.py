@@ -1,8 +1,8 @@
-"""All weights, the last layers, or adapters: what each learns and costs. ``make bench-methods``.
+"""Results and costs of full, freeze and LoRA training. ``make bench-methods``.
 
-Trains the default model on the default corpus by the three CPU recipes, the same tokens each time,
-through Ray and ZeRO-3, and writes ``benchmarks/results/methods.json`` and ``methods.md``. Runs that
-are there already are taken as they are.
+Trains the default model on the default corpus with the three CPU recipes and the same tokens each
+time, through Ray and ZeRO-3. Writes ``benchmarks/results/methods.json`` and ``methods.md``.
+Existing runs are used as they are.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RECIPES = {"full": "cpt_cpu.yaml", "freeze": "cpt_cpu_freeze.yaml", "lora": "cpt
 
 
 def trained(kind: str, storage: Path, steps: int | None) -> dict[str, Any]:
-    """One method's training, as a row."""
+    """Trains with one method, and returns its row of the table."""
     from cpt_helpers import pipeline, plots
     from cpt_helpers.checkpoints import manifests
     from cpt_helpers.run import Run
@@ -51,8 +51,8 @@ def trained(kind: str, storage: Path, steps: int | None) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--storage", default="", help="where the runs lie")
-    parser.add_argument("--steps", type=int, help="another number of steps than the recipes'")
+    parser.add_argument("--storage", default="", help="folder of the runs")
+    parser.add_argument("--steps", type=int, help="number of steps (default: the recipes')")
     given = parser.parse_args()
     from cpt_helpers.run import storage_root
 
@@ -68,8 +68,8 @@ def main() -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    heads = ["", "parameters trained", "domain", "general", "tokens/s", "seconds", "GiB a worker"]
-    heads.append("MB a checkpoint")
+    heads = ["", "parameters trained", "domain", "general", "tokens/s", "seconds", "GiB per worker"]
+    heads.append("MB per checkpoint")
     lines = [
         f"The same {result['rows'][0]['tokens']:,} tokens; {result['date']}, {result['machine']}.",
         "",

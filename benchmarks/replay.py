@@ -1,8 +1,8 @@
-"""What does replaying general text cost the domain, and what does it keep? ``make bench-replay``.
+"""The effect of replaying general text on domain and general perplexity. ``make bench-replay``.
 
-Trains the default model on the default corpus with 0, 5 and 25 % of news in it, the same number of
-tokens each time, and measures held-out domain text, held-out news, and reviews, which no run was
-trained on, in plain transformers. Writes ``benchmarks/results/replay.json`` and ``replay.md``.
+Trains the default model on the default corpus with 0, 5 and 25 % of news, with the same number of
+tokens each time. Measures held-out domain text, held-out news, and reviews, on which no run was
+trained, in plain transformers. Writes ``benchmarks/results/replay.json`` and ``replay.md``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SHARES = (0.0, 0.05, 0.25)
 
 
 def reviews() -> list[str]:
-    """Film reviews from gensim's test data: general text of another kind than the news."""
+    """Film reviews from gensim's test data: general text other than news."""
     from cpt_helpers.setup import assets
 
     members = {
@@ -55,7 +55,7 @@ def measure(folder: Path | str, sets: dict[str, list[str]], block: int) -> dict[
 
 
 def trained(share: float, storage: Path, steps: int | None) -> tuple[Path, dict[str, Any]]:
-    """Trains one share; a run that is there already is taken as it is."""
+    """Trains with one share of news, or uses the existing run."""
     from cpt_helpers.config import resolution
     from cpt_helpers.data import corpora, mixing
     from cpt_helpers.run import Run
@@ -81,8 +81,8 @@ def trained(share: float, storage: Path, steps: int | None) -> tuple[Path, dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--storage", default="", help="where the runs lie")
-    parser.add_argument("--steps", type=int, help="another number of steps than the recipe's")
+    parser.add_argument("--storage", default="", help="folder of the runs")
+    parser.add_argument("--steps", type=int, help="number of steps (default: the recipe's)")
     given = parser.parse_args()
     from cpt_helpers.data import corpora
     from cpt_helpers.run import storage_root

@@ -1,19 +1,19 @@
 #!/bin/sh
-# vLLM with an OpenAI-style API, for an exported folder, a quantized one, or a base with adapters.
+# Serves an exported folder, a quantized folder, or a base with adapters with vLLM (OpenAI-style API).
 #
 #   sh serving-configs/vllm.sh cluster_storage/cpt-cpu/export                   # as trained
 #   sh serving-configs/vllm.sh cluster_storage/cpt-cpu/export-w4a16             # quantized
 #   sh serving-configs/vllm.sh google/gemma-3-4b-pt cluster_storage/adapters    # base, adapters
 #
-# To fill in: nothing. MODEL_NAME, PORT, MAX_MODEL_LEN, GPUS and MAX_LORA_RANK may be set; what
-# follows the folders goes to vLLM: `… cluster_storage/cpt-cpu/export -- --max-num-seqs 64`.
+# To fill in: nothing. MODEL_NAME, PORT, MAX_MODEL_LEN, GPUS and MAX_LORA_RANK may be set. Arguments
+# after `--` are passed to vLLM: `… cluster_storage/cpt-cpu/export -- --max-num-seqs 64`.
 #
-# A quantized folder says in its config.json what it is. Adapters are the folder that
-# cpt_helpers.export.serving.layout makes; each is asked for by its name, the base by MODEL_NAME.
-# Ask /v1/completions: a continued pre-training leaves a model that goes on with a text, and vLLM
-# refuses /v1/chat/completions where the tokenizer has no chat template.
+# vLLM reads the quantization from config.json. Adapters are the folder that
+# cpt_helpers.export.lay_out_adapters makes. Clients request an adapter by its name, the base by MODEL_NAME.
+# Use /v1/completions: after continued pre-training, a model continues text. vLLM refuses
+# /v1/chat/completions where the tokenizer has no chat template.
 #
-# Not tried: no GPU was at hand. The options are those of vllm 0.9.2, the release that Ray 2.48.0 asks for.
+# Not run, since no GPU was available. The options are those of vllm 0.9.2, which Ray 2.48.0 requires.
 set -eu
 
 MODEL=${1:?"usage: vllm.sh MODEL [ADAPTERS] [-- options of vllm serve]"}
@@ -33,7 +33,7 @@ if [ -n "$ADAPTERS" ]; then
     done
 fi
 
-# On loopback: whoever reaches the port may use it. Others come in through a proxy that asks who they are.
+# Loopback only, since the port has no authentication. Put an authenticating proxy in front.
 exec vllm serve "$MODEL" \
     --served-model-name "${MODEL_NAME:-cpt}" \
     --host 127.0.0.1 \

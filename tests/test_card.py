@@ -35,7 +35,7 @@ def test_an_embedded_model(tmp_path: Path) -> None:
     base = tmp_path / "storage" / "models" / "SmolLM2-135M-Instruct"
     matter, text, _ = written(tmp_path, str(base))
     assert matter["license"] == "apache-2.0"
-    assert "The licence of the base model, apache-2.0, holds for this model too." in text
+    assert "The licence of the base model, apache-2.0, applies to this model too." in text
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_a_folder_with_a_card_or_a_licence_file(
     assert {key: value for key, value in matter.items() if key.startswith("license")} == said
     assert (UNKNOWN in text) == (not said)
     for name in files.keys() - {"README.md"}:
-        assert (export / name).read_text() == files[name], "the licence's text goes along"
+        assert (export / name).read_text() == files[name], "the licence's text is copied"
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -53,7 +53,7 @@ def exports(train_tiny, storage: Path):
         run = train_tiny(kind)
         checkpoint = manifests.latest(run).model
         target = storage / "exports" / f"{kind}-{form}-{dtype}"
-        return run, checkpoint, huggingface.export(checkpoint, target, dtype=dtype, form=form)
+        return run, checkpoint, huggingface.write_model(checkpoint, target, dtype=dtype, form=form)
 
     return made
 
@@ -182,7 +182,7 @@ def refused(kind: type[CptError], says: str, checkpoint: Path, target: Path, **h
     """Refused, with nothing written beside what was there."""
     before = sorted(target.parent.rglob("*"))
     with pytest.raises(kind, match=says):
-        huggingface.export(checkpoint, target, **how)
+        huggingface.write_model(checkpoint, target, **how)
     assert sorted(target.parent.rglob("*")) == before
 
 
@@ -265,17 +265,17 @@ def test_an_adapter_needs_its_own_base(
     moved = tmp_path / "moved"  # the same weights elsewhere
     shutil.copytree(tiny_gemma3, moved)
     on(moved)
-    assert models.base_of(huggingface.export(adapter, target, form=form)) in ("", str(moved))
+    assert models.base_of(huggingface.write_model(adapter, target, form=form)) in ("", str(moved))
 
 
 def test_the_same_export_again_is_left_alone(exports) -> None:
     _, checkpoint, folder = exports("lora", "merged")
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    huggingface.export(checkpoint, folder, dtype="float32", form="merged")
+    huggingface.write_model(checkpoint, folder, dtype="float32", form="merged")
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     note = folder / "export.json"
     old = json.loads(note.read_text())
     del old["form"]  # as it was written before there were forms
     note.write_text(json.dumps(old))
-    assert huggingface.export(checkpoint, folder, dtype="float32") == folder
+    assert huggingface.write_model(checkpoint, folder, dtype="float32") == folder
     note.write_text(json.dumps(old | {"form": "merged"}))

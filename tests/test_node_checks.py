@@ -143,7 +143,7 @@ from cpt_helpers.config import node_checks, preflight
 from cpt_helpers.setup import cluster
 args = recipes.read_recipe("cpt_1xH100.yaml")[1] | {{"deepspeed": {OFFLOAD!r}}}
 args["resources_per_worker"] = {{"GPU": 1}}
-with cluster.ray_cluster() as ray:
+with ray_cluster() as ray:
     wider = preflight.placed(ray, args)
     each = wider["resources_per_worker"]
     class Threads:

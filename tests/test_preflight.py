@@ -167,7 +167,7 @@ from cpt_helpers.run import Run
 run = Run("preflight", Path({str(run.storage)!r}))
 args = recipes.Recipe(json.loads({json.dumps(args)!r}))
 os.environ["RAY_TRAIN_V2_ENABLED"] = "1"  # the processes of a cluster started here have it
-with cluster.ray_cluster() as ray:
+with ray_cluster() as ray:
     del os.environ["RAY_TRAIN_V2_ENABLED"]
     print(json.dumps([[f.subject, str(f.error or "")] for f in preflight.nodes(run, args, ray)]))
 """
@@ -283,7 +283,7 @@ from cpt_helpers.config import preflight
 from cpt_helpers.run import Run
 run = Run("preflight", Path({str(run.storage)!r}))
 args = recipes.Recipe(json.loads({json.dumps(args)!r}))
-with cluster.ray_cluster() as ray:
+with ray_cluster() as ray:
     since = time.monotonic()
     findings = preflight.nodes(run, args, ray)
     seconds = time.monotonic() - since
@@ -318,7 +318,7 @@ model = planning.known_config("SmolLM2-135M-Instruct")
 planning.model_size(model, "the libraries are loaded")
 args = recipes.read_recipe("cpt_deepspeed.yaml")[1]
 args |= {{"deepspeed": {str(PROJECT / "deepspeed-configs" / "ds_z2_config.json")!r}}}
-with cluster.ray_cluster() as ray:
+with ray_cluster() as ray:
     since = time.monotonic()
     try:
         said = preflight.enough_memory(ray, args)
@@ -345,7 +345,7 @@ from cpt_helpers.errors import UnreadyError
 args = recipes.read_recipe("cpt_4xA100-40G.yaml")[1] | {{"ray_num_workers": 1}}
 asked = [args, args | {{"resources_per_worker": {{"GPU": 1, "accelerator_type:A100-40G": 0.001}}}}]
 said = []
-with cluster.ray_cluster() as ray:
+with ray_cluster() as ray:
     for recipe in asked:
         try:
             said.append(preflight.placement(ray, recipe))

@@ -36,7 +36,7 @@ print(json.dumps({{"logits": logits.tolist(), "said": tokenizer.decode(said[0, 8
 
 @pytest.fixture(scope="module")
 def exported(train_tiny, storage: Path) -> Path:
-    return huggingface.export(train_tiny("full").output, storage / "forms" / "export")
+    return huggingface.write_model(train_tiny("full").output, storage / "forms" / "export")
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_an_adapter_is_merged_first(tmp_path: Path) -> None:
         assert refused.value.expected.startswith("full weights")
         assert 'FORM = "merged" first' in refused.value.do
     with pytest.raises(ExportError, match="an adapter alone cannot be quantized"):
-        quantization.require("W8A16", "adapter")
+        quantization.validate_options("W8A16", "adapter")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 

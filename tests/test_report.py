@@ -1,23 +1,25 @@
-"""Did it help: losses of documents, their intervals, the cloze test, the report."""
+"""Losses of documents, their intervals, the cloze test and the evaluation report."""
 
 from __future__ import annotations
 
 import json
 import math
 import random
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import yaml
 from conftest import write_jsonl
 
 from cpt_helpers import plots
+from cpt_helpers.data.corpora import Corpus
 from cpt_helpers.errors import DataError
-from cpt_helpers.export import assessment, cloze, evaluation, report
+from cpt_helpers.export import cloze, evaluation, report
 from cpt_helpers.export.cloze import Cloze, Item
-from cpt_helpers.export.evaluation import Document, Losses
 from cpt_helpers.run import Run
 from cpt_helpers.setup import models
 
@@ -30,7 +32,7 @@ PROSE = (
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Tiny tensors on many threads wait for each other more than they work."""
+    """Several threads slow down computations on tiny tensors."""
     import torch
 
     before = torch.get_num_threads()
@@ -46,13 +48,13 @@ def tiny(tiny_gemma3: Path) -> tuple:
 
 @pytest.fixture(scope="module")
 def held_out(documents: list[str]) -> list[str]:
-    """Documents with argument lists: what a cloze test is made of."""
+    """Documents with argument lists, for the cloze test."""
     return [text for text in documents if "Args:" in text and len(text) < 1500][:14]
 
 
 @pytest.fixture(scope="module")
 def taught(tiny_gemma3: Path, held_out: list[str], tmp_path_factory) -> Path:
-    """The tiny model after it has learnt those documents by heart."""
+    """The tiny model, trained until it reproduces these documents."""
     import torch
 
     model, tokenizer = models.load(tiny_gemma3, dtype="float32")
@@ -78,14 +80,13 @@ def taught(tiny_gemma3: Path, held_out: list[str], tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_documents_loss_is_transformers_own(tiny: tuple, documents: list[str]) -> None:
+def test_document_losses_equal_those_of_transformers(tiny: tuple, documents: list[str]) -> None:
     import torch
 
     model, tokenizer = tiny
     texts = [documents[3][:150], "é", documents[4][:60]]
-    for text, found in zip(
-        texts, evaluation.document_losses(model, tokenizer, texts, 512), strict=True
-    ):
+    losses = evaluation.document_losses(model, tokenizer, texts, 512)
+    for text, found in zip(texts, losses.itertuples(), strict=True):
         own = tokenizer(text, add_special_tokens=False)["input_ids"]
         ids = torch.tensor([[tokenizer.eos_token_id, *own]])
         with torch.no_grad():
@@ -93,15 +94,16 @@ def test_a_documents_loss_is_transformers_own(tiny: tuple, documents: list[str])
         assert found.tokens == len(own)
         assert found.nats == pytest.approx(loss * found.tokens, rel=1e-5)
         assert found.bytes == len(text.encode())
-        assert found.bits_per_byte == pytest.approx(found.nats / math.log(2) / len(text.encode()))
-    assert found.title == texts[2].splitlines()[0]
+        bits = evaluation.bits_of(losses[losses.title == found.title])
+        assert bits == pytest.approx(found.nats / math.log(2) / len(text.encode()))
+    assert list(losses.title) == [text.splitlines()[0] for text in texts]
 
 
-def test_a_long_document_is_cut_and_every_token_counted_once(tiny: tuple, documents) -> None:
+def test_long_documents_are_cut_and_each_token_counts_once(tiny: tuple, documents) -> None:
     model, tokenizer = tiny
     text = max(documents, key=len)[:1200]
-    (whole,) = evaluation.document_losses(model, tokenizer, [text], 512)
-    (cut,) = evaluation.document_losses(model, tokenizer, [text], 32)
+    (whole,) = evaluation.document_losses(model, tokenizer, [text], 512).itertuples()
+    (cut,) = evaluation.document_losses(model, tokenizer, [text], 32).itertuples()
     assert whole.tokens == cut.tokens == len(tokenizer(text)["input_ids"]) > 100
     ids = [tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
     pieces = [ids[start : start + 32] for start in range(0, len(ids) - 1, 31)]
@@ -109,7 +111,7 @@ def test_a_long_document_is_cut_and_every_token_counted_once(tiny: tuple, docume
     assert cut.nats == pytest.approx(by_hand, rel=1e-6) != whole.nats
 
 
-def test_rows_together_are_as_rows_alone(tiny: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batched_losses_equal_single_losses(tiny: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = tiny
     draw = random.Random(1)
     rows = [[draw.randrange(512) for _ in range(length)] for length in (2, 40, 7, 90, 41, 3)]
@@ -120,84 +122,96 @@ def test_rows_together_are_as_rows_alone(tiny: tuple, monkeypatch: pytest.Monkey
         assert one == pytest.approx(alone, abs=1e-4)
 
 
-def test_perplexity_and_bits_by_hand() -> None:
-    two = Losses("c", (Document("a", 6.0, 2, 10), Document("b", 3.0, 1, 20)))
-    assert two.perplexity == pytest.approx(math.exp(3))
-    assert two.bits_per_byte == pytest.approx(9 / math.log(2) / 30)
+def losses_of(rows: list[tuple[str, float, int, int]]) -> pd.DataFrame:
+    """Losses of documents: title, nats, tokens, bytes."""
+    return pd.DataFrame(rows, columns=["title", "nats", "tokens", "bytes"])
 
 
-def test_nothing_to_measure(tiny: tuple) -> None:
+def test_perplexity_and_bits_per_byte_by_hand() -> None:
+    two = losses_of([("a", 6.0, 2, 10), ("b", 3.0, 1, 20)])
+    assert evaluation.perplexity_of(two) == pytest.approx(math.exp(3))
+    assert evaluation.bits_of(two) == pytest.approx(9 / math.log(2) / 30)
+    found = evaluation.compare("c", two, losses_of([("a", 4.0, 2, 10), ("b", 2.0, 1, 20)]))
+    assert found.perplexity == pytest.approx((math.exp(3), math.exp(2)))
+    assert found.bits_per_byte == pytest.approx((9 / math.log(2) / 30, 6 / math.log(2) / 30))
+    assert found.change.estimate == pytest.approx(math.exp(-1) - 1)
+
+
+def test_empty_documents_are_refused(tiny: tuple) -> None:
     for texts in ([], ["text", ""]):
         with pytest.raises(DataError, match="nothing to measure"):
             evaluation.document_losses(*tiny, texts, 64)
 
 
 def synthetic(change: float, documents: int, spread: float = 0.1, role: str = "general"):
-    """Losses of documents whose nats a token change by so much, give or take."""
+    """Compares documents whose loss per token changes by ``change`` with some spread."""
     draw = random.Random(7)
     sizes = [draw.randrange(50, 300) for _ in range(documents)]
-    before = [Document(f"d{i}", 3.0 * n, n, 4 * n) for i, n in enumerate(sizes)]
+    before = [(f"d{i}", 3.0 * n, n, 4 * n) for i, n in enumerate(sizes)]
     after = [
-        Document(f"d{i}", (3.0 + change + draw.gauss(0, spread)) * n, n, 4 * n)
-        for i, n in enumerate(sizes)
+        (f"d{i}", (3.0 + change + draw.gauss(0, spread)) * n, n, 4 * n) for i, n in enumerate(sizes)
     ]
-    return evaluation.compare(Losses("c", tuple(before)), Losses("c", tuple(after)), role=role)
+    return evaluation.compare("c", losses_of(before), losses_of(after), role=role)
 
 
 def test_the_interval_covers_the_known_change() -> None:
-    found = synthetic(-0.2, 60)
+    found = synthetic(-0.2, 60).change
     assert found.low < math.exp(-0.2) - 1 < found.high
     assert 0.02 < found.high - found.low < 0.08, "60 documents, 0.1 nats apart"
-    again = synthetic(-0.2, 60)
+    again = synthetic(-0.2, 60).change
     assert (again.low, again.high) == (found.low, found.high)
-    wider = synthetic(-0.2, 12)
+    wider = synthetic(-0.2, 12).change
     assert wider.high - wider.low > 1.3 * (found.high - found.low)
 
 
 @pytest.mark.parametrize(
-    ("role", "change", "documents", "spread", "said"),
+    ("role", "change", "documents", "spread", "verdict"),
     [
         ("general", -0.05, 60, 0.05, "kept"),
         ("general", 0.0, 60, 0.02, "kept"),
-        ("general", 0.2, 60, 0.1, "lost"),
-        ("general", 0.03, 20, 0.2, "cannot be told from 20 documents"),
-        ("general", 0.2, 4, 0.0, "cannot be told from 4 documents"),
+        ("general", 0.2, 60, 0.1, "worse"),
+        ("general", 0.03, 20, 0.2, "not significant with 20 documents"),
+        ("general", 0.2, 4, 0.0, "not significant with 4 documents"),
         ("domain", -0.2, 40, 0.1, "better"),
-        ("domain", 0.0, 40, 0.1, "cannot be told from 40 documents"),
-        ("domain", 0.2, 40, 0.1, "lost"),
+        ("domain", 0.0, 40, 0.1, "not significant with 40 documents"),
+        ("domain", 0.2, 40, 0.1, "worse"),
     ],
 )
-def test_the_sentence_says_what_the_data_say(role, change, documents, spread, said) -> None:
+def test_the_sentence_gives_the_verdict(role, change, documents, spread, verdict) -> None:
     found = synthetic(change, documents, spread, role)
-    assert found.sentence.endswith(f": {said}.")
-    assert f"perplexity 20.1 → {found.after.perplexity:.1f}, " in found.sentence
+    assert found.sentence.endswith(f": {verdict}.")
+    assert f"perplexity 20.1 → {found.perplexity[1]:.1f}, " in found.sentence
     assert found.sentence.startswith(role.capitalize())
-    assert found.as_dict()["interval"] == [round(found.low, 4), round(found.high, 4)]
+    assert found.as_dict()["interval"] == [
+        round(found.change.low, 4),
+        round(found.change.high, 4),
+    ]
 
 
 def test_the_sentence_has_real_minuses() -> None:
-    low, high = -0.061, -0.034
-    before, after = (Losses("n", (Document("d", n, 1, 1),) * 26) for n in (3.414, 3.364))
-    found = evaluation.Comparison("general", before, after, -0.048, low, high, 0.02, (), ())
-    assert found.verdict == "better" or found.verdict == "kept"
+    before, after = (losses_of([("d", nats, 1, 1)] * 26) for nats in (3.414, 3.364))
+    found = replace(
+        evaluation.compare("n", before, after, role="general"),
+        change=evaluation.Interval(-0.048, -0.061, -0.034),
+    )
+    assert found.verdict == "kept"
     assert found.sentence == (
         "General text: perplexity 30.4 → 28.9, −4.8 % (95 % interval −6.1 to −3.4 %): kept."
     )
 
 
-def test_who_gained_and_who_lost() -> None:
-    names = "abcdefgh"
-    before = Losses("c", tuple(Document(n, 10.0, 5, 10) for n in names))
-    moves = [-3, 2, 0, -1, 5, -4, 0, 1]
-    after = Losses("c", tuple(Document(n, 10.0 + m, 5, 10) for n, m in zip(names, moves)))  # noqa: B905
-    found = evaluation.compare(before, after, examples=3)
-    assert [one.title for one in found.gained] == ["f", "a", "d"]
-    assert [one.title for one in found.lost] == ["e", "b", "h"]
+def test_the_documents_that_improved_and_worsened_most() -> None:
+    before = losses_of([(name, 10.0, 5, 10) for name in "abcdefgh"])
+    changes = [-3, 2, 0, -1, 5, -4, 0, 1]
+    after = before.assign(nats=before.nats + changes)
+    found = evaluation.compare("c", before, after)
+    assert list(found.most_improved(3).title) == ["f", "a", "d"]
+    assert list(found.most_worsened(3).title) == ["e", "b", "h"]
     with pytest.raises(DataError, match="not the same documents"):
-        evaluation.compare(before, Losses("c", after.documents[1:]))
+        evaluation.compare("c", before, after[1:])
 
 
-def test_a_sample_is_drawn_evenly_and_in_order() -> None:
+def test_samples_are_uniform_and_ordered() -> None:
     texts = [f"{number:03d}" for number in range(50)]
     drawn = evaluation.sample(iter(texts), 10, seed=3)
     assert drawn == sorted(drawn) == evaluation.sample(texts, 10, seed=3)
@@ -206,7 +220,7 @@ def test_a_sample_is_drawn_evenly_and_in_order() -> None:
     assert all(50 < counts.count(text) < 115 for text in texts), "80 are due to each"
 
 
-def test_items_are_of_the_held_out_documents_alone(held_out: list[str]) -> None:
+def test_items_come_from_held_out_documents_only(held_out: list[str]) -> None:
     test = cloze.make(held_out, most=30, seed=1)
     assert test.form == cloze.API and 10 <= len(test.items) <= 30
     assert test.chance == 0.25
@@ -222,10 +236,10 @@ def test_items_are_of_the_held_out_documents_alone(held_out: list[str]) -> None:
             assert option not in text and any(option in other for other in elsewhere)
     assert cloze.make(held_out, most=30, seed=1) == test != cloze.make(held_out, most=30, seed=2)
     places = {item.right for item in test.items}
-    assert len(places) == 4, "the right one always stands in the same place"
+    assert len(places) == 4, "the right option is always at the same position"
 
 
-def test_prose_is_asked_for_last_words() -> None:
+def test_prose_gives_items_for_last_words() -> None:
     words = ["silver", "copper", "timber", "cotton", "barley", "coffee"]
     times = ["months", "seasons", "winters", "decades", "quarters", "mornings"]
     texts = [
@@ -237,34 +251,36 @@ def test_prose_is_asked_for_last_words() -> None:
     assert {item.answer for item in test.items} == {*words, *times}
 
 
-def test_too_few_items() -> None:
-    with pytest.raises(DataError, match="a cloze test of 0 items can be made of 2 held-out"):
+def test_too_few_items_are_refused() -> None:
+    with pytest.raises(DataError, match="2 held-out documents give a cloze test of 0 items only"):
         cloze.make(["Short.", "Shorter."])
 
 
-def test_who_knows_the_answers_scores_higher(tiny: tuple, taught: Path, held_out) -> None:
+def test_a_trained_model_scores_higher(tiny: tuple, taught: Path, held_out) -> None:
     test = cloze.make(held_out, most=60)
     before = cloze.answer(*tiny, test)
     after = cloze.answer(*models.load(taught, dtype="float32"), test)
     found = cloze.compare(test, before, after)
-    low, high = cloze.wilson(test, before)
+    low, high = test.accuracy_interval(before)
     assert low <= 0.25 <= high, "a random model guesses"
-    assert found.accuracy(after) > high and found.low > 0
-    assert found.sentence.endswith("guessing comes to 25%): better.")
+    assert found.accuracy[1] > high and found.change.low > 0
+    assert "correct (25% by guessing), +" in found.sentence
+    assert found.sentence.endswith("points): better.")
     same = cloze.compare(test, before, before)
-    assert (same.low, same.high, same.verdict) == (0, 0, "cannot be told")
+    assert same.change == evaluation.Interval(0, 0, 0)
+    assert same.conclusion == f"not significant with {len(test.items)} items"
 
 
-def test_wilson_by_hand() -> None:
+def test_wilson_interval_by_hand() -> None:
     item = Item("word", 0, "t", "p ", ("a", "b"), 0, ".")
     ten = Cloze(cloze.WORDS, (item,) * 10)
-    assert cloze.wilson(ten, [0] * 5 + [1] * 5) == pytest.approx((0.2366, 0.7634), abs=1e-3)
-    assert cloze.wilson(ten, [0] * 10)[1] == pytest.approx(1.0)
+    assert ten.accuracy_interval([0] * 5 + [1] * 5) == pytest.approx((0.2366, 0.7634), abs=1e-3)
+    assert ten.accuracy_interval([0] * 10)[1] == pytest.approx(1.0)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, held_out: list[str], tiny_gemma3: Path, taught: Path) -> Run:
-    """A run's folder as a training leaves it, with three corpora, of which one means harm."""
+    """The folder of a trained run with three corpora; some texts contain HTML."""
     run = Run.open("told", tmp_path_factory.mktemp("report"))
     evil = "<script>alert(1)</script> & <img src=http://example.org/x.png>"
     corpora = {
@@ -275,7 +291,7 @@ def run(tmp_path_factory, held_out: list[str], tiny_gemma3: Path, taught: Path) 
     for name, texts in corpora.items():
         folder = run.storage / "corpora" / name
         write_jsonl(folder / "heldout.jsonl", texts)
-        fields = dict.fromkeys(corpora.Corpus.__dataclass_fields__, 0) | {
+        fields = dict.fromkeys(Corpus.__dataclass_fields__, 0) | {
             "name": name,
             "folder": "",
         }
@@ -321,12 +337,12 @@ def events() -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def measured(run: Run) -> assessment.Measured:
-    return assessment.measure(run, others=["reviews"], items=20)
+def measured(run: Run) -> report.Evaluation:
+    return report.evaluate(run, others=["reviews"], items=20)
 
 
 class Page(HTMLParser):
-    """What a page loads, whether its tags close, and its text."""
+    """The loaded resources, unclosed tags and text of a page."""
 
     VOID = ("meta", "img", "br")
 
@@ -349,12 +365,12 @@ class Page(HTMLParser):
         self.text += text
 
 
-def test_the_report(run: Run, measured: assessment.Measured, tiny_gemma3: Path) -> None:
+def test_the_report(run: Run, measured: report.Evaluation, tiny_gemma3: Path) -> None:
     path = report.write(run, measured)
     assert path == run.folder / "report.html"
     source = path.read_text("utf-8")
     page = Page(source)
-    assert not page.open, "a tag is left open"
+    assert not page.open, "a tag is not closed"
     assert len(page.loads) == 2
     assert all(load.startswith("data:image/png;base64,") for load in page.loads)
     assert not {"script", "link", "iframe", "object"} & page.tags
@@ -364,25 +380,34 @@ def test_the_report(run: Run, measured: assessment.Measured, tiny_gemma3: Path) 
     for sentence in measured.sentences:
         assert sentence in text
     for comparison in measured.comparisons:
-        assert f"{comparison.after.perplexity:.2f}" in text
-        assert f"{comparison.after.bits_per_byte:.3f}" in text
+        assert f"{comparison.perplexity[1]:.2f}" in text
+        assert f"{comparison.bits_per_byte[1]:.3f}" in text
     for fact in ("4,096 in 4 steps", "777", "102.4 tokens/s", "52%", "5.00 GiB", "torch 9.8.7"):
         assert fact in text, fact
-    for fact in ("1970-01-01 00:18 UTC", "cpt_cpu.yaml", "tiny-gemma3", "start-up", "30 s"):
+    for fact in (
+        "1970-01-01 00:18 UTC",
+        "cpt_cpu.yaml",
+        "tiny-gemma3",
+        "start-up",
+        "30 s",
+        "reviews",
+        "not significant with 2 documents",
+    ):
         assert fact in text, fact
     assert str(run.storage) not in source and str(tiny_gemma3.parent) not in source
     assert "canary" not in source
     assert not list(run.folder.glob(".report*"))
 
 
-def test_what_was_measured(run: Run, measured: assessment.Measured) -> None:
+def test_the_evaluation_as_results(run: Run, measured: report.Evaluation) -> None:
     found = json.loads(json.dumps(measured.as_dict()))
     assert list(found["corpora"]) == ["domain", "general", "reviews"]
     assert found["corpora"]["domain"]["verdict"] == "better"
-    assert found["corpora"]["reviews"]["verdict"] == "cannot be told"
+    assert found["corpora"]["reviews"]["verdict"] == "not significant"
     assert found["cloze"]["items"] == 20 and found["cloze"]["verdict"] == "better"
-    assert measured.continued[0].before != measured.continued[0].after
-    assert assessment.measure(run, others=["reviews"], items=20).as_dict() == found | {
+    (_, before, after), *_ = measured.continuations
+    assert before != after
+    assert report.evaluate(run, others=["reviews"], items=20).as_dict() == found | {
         "seconds": pytest.approx(found["seconds"], abs=60)
     }
 
@@ -391,19 +416,19 @@ def test_a_report_without_a_cloze_test_or_events(run: Run, measured, tmp_path: P
     bare = Run.open("bare", tmp_path)
     bare.config_dir.mkdir(parents=True)
     bare.train_yaml.write_text(run.train_yaml.read_text())
-    less = assessment.Measured("b", measured.comparisons, None, "0 items can be made", (), 1.0)
+    less = replace(measured, outcome=None, no_cloze="0 items", continuations=report.Continuations())
     page = Page(report.write(bare, less).read_text("utf-8"))
-    assert "None: 0 items can be made." in page.text and len(page.loads) == 1
-    assert "What it cost" not in page.text
+    assert "None: 0 items." in page.text and len(page.loads) == 1
+    assert "Costs" not in page.text
 
 
-def test_a_beginning_keeps_its_lines() -> None:
-    assert assessment.beginning("a.b\n\nOne two three", 3) == "a.b\n\nOne two"
-    assert assessment.beginning("one", 3) == "one"
+def test_beginning_keeps_line_breaks() -> None:
+    assert report.beginning("a.b\n\nOne two three", 3) == "a.b\n\nOne two"
+    assert report.beginning("one", 3) == "one"
 
 
-def test_old_events_tell_less(tmp_path: Path) -> None:
-    """Runs of before memory and MFU were recorded."""
+def test_costs_of_events_without_memory_and_mfu(tmp_path: Path) -> None:
+    """Older runs do not record memory and MFU."""
     kept = [{k: v for k, v in e.items() if k not in ("memory", "mfu")} for e in events()]
     found = plots.costs(SimpleNamespace(events=lambda: kept))
     assert found["tokens"] == 4096 and not {"mfu", "peak_memory"} & set(found)

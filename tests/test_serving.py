@@ -36,7 +36,7 @@ PROMPT = "The number of workers of a cluster is"
 
 @pytest.fixture(scope="module")
 def exported(train_tiny, storage: Path) -> Path:
-    return huggingface.export(train_tiny("full").output, storage / "serving" / "export")
+    return huggingface.write_model(train_tiny("full").output, storage / "serving" / "export")
 
 
 @contextlib.contextmanager
@@ -117,14 +117,14 @@ def test_adapters_on_one_base(
     from peft import PeftModel
 
     target = tmp_path / "adapters"
-    facts = serving.layout({name: run.output for name, run in adapters.items()}, target)
+    facts = serving.lay_out_adapters({name: run.output for name, run in adapters.items()}, target)
     assert (facts["base"], facts["rank"]) == (str(tiny_gemma3), 16)
     files = sorted(str(path.relative_to(target)) for path in target.rglob("*") if path.is_file())
     each = [f"{n}/{f}" for n in sorted(adapters) for f in sorted(serving.FILES)]
     assert files == sorted([*each, serving.NOTE])
-    assert serving.layout({n: run.output for n, run in adapters.items()}, target) == facts
+    assert serving.lay_out_adapters({n: run.output for n, run in adapters.items()}, target) == facts
     with pytest.raises(ExportError, match="holds something else"):
-        serving.layout({"other": adapters["source"].output}, target)
+        serving.lay_out_adapters({"other": adapters["source"].output}, target)
 
     base, tokenizer = models.load(tiny_gemma3)
     first, *others = adapters
@@ -162,9 +162,9 @@ def test_what_is_no_adapter(tiny_gemma3: Path, tmp_path: Path) -> None:
         ({"a": adapter("whole", modules_to_save=["lm_head"])}, r"modules_to_save is \['lm_head'\]"),
     ):
         with pytest.raises(ExportError, match=said):
-            serving.layout(given, target)
+            serving.lay_out_adapters(given, target)
         assert not target.exists()
-    assert serving.layout({"a": other}, target)["rank"] == 32
+    assert serving.lay_out_adapters({"a": other}, target)["rank"] == 32
 
 
 READ = """
@@ -177,7 +177,7 @@ for name, given in json.loads({text!r}).items():
     (app,) = ServeDeploySchema(**given).applications
     try:
         (config,) = LLMServingArgs.model_validate(app.args).parse_args().llm_configs
-        found[name] = resolution.model_dump(mode="json", exclude_unset=True)
+        found[name] = config.model_dump(mode="json", exclude_unset=True)
     except ValueError as error:
         found[name] = str(error)
 print(json.dumps(found))

@@ -1,4 +1,7 @@
-"""The model card of an export: what it was made from, how, and what was measured, as recorded."""
+"""The model card of an export: its base model, data, training and measurements, as recorded.
+
+The layout is in ``README.md.jinja``.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,19 @@ import contextlib
 import json
 import re
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 from .. import recipes
-from ..config.resolution import names_of
 from ..errors import ExportError
-from ..recipes import Recipe
+from ..recipes import Recipe, names_of
 from ..run import Run
 from ..setup import assets, models
+from .huggingface import CARD, NOTE
+from .report import render
 
-_MISSING = "not recorded"
 _LICENSE_FILES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
-_LICENSE_TEXTS = {  # how a licence's text begins, and the hub's name for it
+_LICENSE_TEXTS = {  # the beginning of a licence's text, and the hub's name for it
     r"Apache License\s+Version 2\.0": "apache-2.0",
     r"MIT License": "mit",
     r"BSD 3-Clause License": "bsd-3-clause",
@@ -27,14 +29,14 @@ _LICENSE_TEXTS = {  # how a licence's text begins, and the hub's name for it
 
 
 def write(run: Run, export_folder: Path, exported: dict[str, Any]) -> Path:
-    """Writes ``README.md``, a Hugging Face model card, from the run's own records.
+    """Writes ``README.md``, a Hugging Face model card, from the records of the run.
 
-    The base model's licence goes along: its name in the card, its files beside it.
+    The card names the base model's licence, and the licence files are copied next to it.
 
     Args:
-        run: Whose model it is.
-        export_folder: As :func:`export.export` made it.
-        exported: The export's ``step``, ``dtype``, ``perplexity``, measured again.
+        run: The run.
+        export_folder: From :func:`huggingface.write_model`.
+        exported: The export's ``step``, ``dtype`` and ``perplexity``.
 
     Returns:
         The card.
@@ -43,61 +45,58 @@ def write(run: Run, export_folder: Path, exported: dict[str, Any]) -> Path:
         ExportError: There is no export in that folder.
         ConfigError: The run has no resolved recipe.
     """
-    note = export_folder / "export.json"
+    note = export_folder / NOTE
     if not note.is_file():
         raise ExportError(
             "there is no export to write a card for",
             where=export_folder,
-            expected="a folder that export.export made, with export.json",
+            expected=f"a folder with {NOTE}",
             do="run notebook 06_export",
         )
     form = json.loads(note.read_text("utf-8")).get("form", "merged")
-    args, results = recipes.load(run), run.results()
-    base = str(args["model_name_or_path"])
+    recipe, results, events = recipes.load(run), run.results(), run.events()
+    last = {event["event"]: event for event in events}
+    base = str(recipe["model_name_or_path"])
+    public_base = Path(base).name if Path(base).is_absolute() else base
     license_ = _license(base)
-    for pattern in _LICENSE_FILES:  # most licences ask for their text to go along
+    for pattern in _LICENSE_FILES:  # most licences require that their text is passed on
         for path in Path(base).glob(pattern) if Path(base).is_dir() else ():
             shutil.copy(path, export_folder / path.name)
-    parts = [
-        _front_matter(args, base, license_, form),
-        f"# {run.name}\n\n{_said(args, base, form)}",
-        "## Use\n\n" + _use(base, form),
-        "## Data\n\n" + _table(_data(args, results)),
-        "## Training\n\n" + _table(_training(run, args, results)),
-        "## Figures\n\n" + _figures(run, args, results, exported),
-        "## Versions\n\n" + _table(list(results.get("versions", {}).items())),
-        "## Limits\n\n" + _limits(results, license_),
-    ]
-    card = export_folder / "README.md"
-    part = card.with_name(".README.md")
-    part.write_text("\n\n".join(parts) + "\n", "utf-8")
-    part.replace(card)
-    return card
+    return render(
+        export_folder / CARD,
+        front_matter=_front_matter(recipe, public_base, form, license_),
+        name=run.name,
+        base=public_base,
+        form=form,
+        license=license_.get("license_name") or license_.get("license"),
+        recipe=recipe,
+        results=results,
+        exported=exported,
+        events=events,
+        start=last.get("start", {}),
+        step=last.get("step", {}),
+    )
 
 
-def public_name(model: str) -> str:
-    """A model's name without the folders of the machine it lay on."""
-    return Path(model).name if Path(model).is_absolute() else model
+def _front_matter(recipe: Recipe, base: str, form: str, license_: dict[str, Any]) -> str:
+    from huggingface_hub import ModelCardData
 
-
-def _front_matter(args: Recipe, base: str, license_: dict[str, Any], form: str) -> str:
-    import yaml
-
-    matter: dict[str, Any] = {"base_model": public_name(base)} | license_
-    matter["library_name"] = "transformers"
-    matter["pipeline_tag"] = "text-generation"
-    matter["tags"] = ["continued-pretraining", "llama-factory", "deepspeed", "ray"]
-    if args.method == "lora":
-        matter["tags"] += ["lora", *(["peft"] if form == "adapter" else [])]
-    matter["datasets"] = names_of(args.get("dataset"))
-    return "---\n" + yaml.safe_dump(matter, sort_keys=False, allow_unicode=True) + "---"
+    tags = ["continued-pretraining", "llama-factory", "deepspeed", "ray"]
+    tags += ["lora"] * (recipe.method == "lora") + ["peft"] * (form == "adapter")
+    return ModelCardData(
+        base_model=base,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=tags,
+        datasets=names_of(recipe.get("dataset")),
+        **license_,
+    ).to_yaml()
 
 
 def _license(base: str) -> dict[str, Any]:
-    """The base model's licence as a card's front matter says it; empty where it is not known.
+    """The base model's licence as keys of a card's front matter; empty where it is not known.
 
-    The model's own card is asked first, then a licence file beside it, then what is known of the
-    embedded models.
+    The sources are the model's own card, then a licence file, then the list of embedded models.
     """
     card = _card_of(base)
     keys = ("license", "license_name", "license_link")
@@ -125,7 +124,7 @@ def _card_of(base: str) -> dict[str, Any]:
     from huggingface_hub.repocard import metadata_load
 
     path = Path(base) / "README.md"
-    # A card is not needed to train: whatever is wrong with it, the licence is not known.
+    # A card is optional, so any error means that the licence is not known.
     with contextlib.suppress(Exception):
         if not Path(base).is_absolute() and not Path(base).is_dir():
             cached = try_to_load_from_cache(base, "README.md")
@@ -135,115 +134,3 @@ def _card_of(base: str) -> dict[str, Any]:
             path = Path(cached)
         return metadata_load(path) or {}
     return {}
-
-
-def _said(args: Recipe, base: str, form: str) -> str:
-    kind = args.method
-    trained = {"full": "all weights", "freeze": "some layers", "lora": "a LoRA adapter"}
-    what = "The adapter alone." if form == "adapter" else "A model that stands alone."
-    merged = " The adapter is merged into it." if (kind, form) == ("lora", "merged") else ""
-    return (
-        f"`{public_name(base)}`, pre-trained further on raw text; trained were "
-        f"{trained.get(kind, kind)}. {what}{merged}"
-    )
-
-
-def _use(base: str, form: str) -> str:
-    if form == "adapter":
-        code = (
-            "from peft import PeftModel\n"
-            "from transformers import AutoModelForCausalLM\n"
-            f'base = AutoModelForCausalLM.from_pretrained("{public_name(base)}")\n'
-            'model = PeftModel.from_pretrained(base, "path/to/this/folder")'
-        )
-    else:
-        code = (
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-            'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n'
-            'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")'
-        )
-    return f"```python\n{code}\n```"
-
-
-def _data(args: Recipe, results: dict[str, Any]) -> list[tuple[str, Any]]:
-    data = results.get("data", {})
-    tokenised = args.get("tokenized_path")
-    return [
-        ("trained on", ", ".join(names_of(args.get("dataset")))),
-        ("documents", data.get("documents")),
-        ("tokens in them", data.get("tokens")),
-        ("documents held out", data.get("heldout_documents")),
-        ("measured on", ", ".join(names_of(args.get("eval_dataset")))),
-        ("tokenised data", Path(tokenised).name if tokenised else None),
-    ]
-
-
-def _training(run: Run, args: Recipe, results: dict[str, Any]) -> list[tuple[str, Any]]:
-    train, events = results.get("train", {}), run.events()
-    start = next((e for e in reversed(events) if e["event"] == "start"), {})
-    last = next((e for e in reversed(events) if e["event"] == "step"), {})
-    sizes = start.get("parameters", {})
-    date = time.strftime("%Y-%m-%d", time.gmtime(events[-1]["time"])) if events else None
-    stage = start.get("zero_stage") if start else None
-    return [
-        ("date (UTC)", date),
-        ("fine-tuning type", args.method),
-        ("parameters trained", sizes.get("trained")),
-        ("parameters in all", sizes.get("all")),
-        ("learning rate", args.get("learning_rate")),
-        ("steps", last.get("step")),
-        ("blocks a step (global batch)", args.global_batch),
-        ("tokens a block (cutoff_len)", args.block_size),
-        ("precision", next((k for k in ("bf16", "fp16") if args.get(k)), "fp32")),
-        ("workers", start.get("world_size")),
-        ("ZeRO stage", stage),
-        ("seconds", train.get("seconds")),
-        ("tokens/s", train.get("tokens_per_second")),
-    ]
-
-
-def _figures(run: Run, args: Recipe, results: dict[str, Any], exported: dict[str, Any]) -> str:
-    measured, again = results.get("perplexity", {}), exported.get("perplexity", {})
-    lines = [
-        f"Perplexity, of the checkpoint after step {exported.get('step', _MISSING)}, "
-        f"exported in {exported.get('dtype', _MISSING)}. «Before» and «after» are the trainer's, "
-        "at the training's begin and end; «export» is the exported folder's, measured again.\n",
-        "| held-out text | before | after | export |",
-        "|---|---|---|---|",
-    ]
-    for role, name in args.held_out.items():
-        own = measured.get(role) or {}
-        cells = [own.get("before"), own.get("after"), again.get(role)]
-        lines.append(f"| {role}: {name} | " + " | ".join(map(_cell, cells)) + " |")
-    return "\n".join(lines)
-
-
-def _limits(results: dict[str, Any], license_: dict[str, Any]) -> str:
-    said = [
-        "Measured was perplexity on the held-out texts above, and nothing else: no downstream "
-        "tasks, no safety, no bias.",
-        "It was trained to continue text, not to follow instructions.",
-    ]
-    if not results.get("perplexity"):
-        said.append("The run recorded no perplexity before and after.")
-    if license_:
-        named = license_.get("license_name") or license_["license"]
-        said.append(f"The licence of the base model, {named}, holds for this model too.")
-    else:
-        said.append(
-            "The licence of the base model is not known here: look at its own page, it holds for "
-            "this model too."
-        )
-    return "\n".join(f"- {line}" for line in said)
-
-
-def _table(rows: list[tuple[str, Any]]) -> str:
-    if not rows:
-        return f"{_MISSING[0].upper()}{_MISSING[1:]}."
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {_cell(v)} |" for name, v in rows)])
-
-
-def _cell(value: Any) -> str:
-    if value is None or value == "":
-        return _MISSING
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -1,4 +1,4 @@
-"""MLflow's model registry: an exported model as a version, with its lineage."""
+"""Records an export: the model card, the MLflow run, and a version in MLflow's model registry."""
 
 from __future__ import annotations
 
@@ -6,43 +6,72 @@ import importlib.metadata
 import json
 import subprocess
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .. import recipes
 from ..errors import TrackingError
 from ..recipes import Recipe
 from ..run import PROJECT, Run
 from ..setup import tracking_store
 from ..setup.models import weights_sha256
 from ..train import tracking
+from . import model_card
+
+
+@dataclass(frozen=True)
+class Publication:
+    """The model card, and the model's name and version in MLflow's registry, if it is there."""
+
+    card: Path
+    model: str
+    version: int | None
+
+    def __repr__(self) -> str:
+        version = f"{self.model}, version {self.version}" if self.version else "not registered"
+        return f"model card: {self.card}\nMLflow's model registry: {version}"
+
+
+def publish(run: Run, exported: dict[str, Any]) -> Publication:
+    """Writes the model card, and records the export in MLflow's run and model registry.
+
+    Args:
+        run: The run that was exported.
+        exported: From :meth:`huggingface.Export.as_dict`.
+
+    Raises:
+        TrackingError: MLflow does not answer, or does not know the run.
+    """
+    recipe = recipes.load(run)
+    card = model_card.write(run, Path(exported["path"]), exported)
+    tracking.add_export(run, recipe, exported)
+    return Publication(card, run.name, register(run, recipe, exported))
 
 
 def register(run: Run, args: Recipe, exported: dict[str, Any], name: str = "") -> int | None:
     """Registers the exported model as a version in MLflow's registry, with its lineage.
 
-    The version refers to the folder and to the sha256 of its weights. A copy would send gigabytes
-    through the tracking server for each version, and model servers load from the storage.
+    The version refers to the folder and to the sha256 of its weights. The weights are not copied
+    to the tracking server, since model servers load them from the storage.
 
     Args:
         run: The run that was exported.
         args: Its resolved recipe.
-        exported: As for :func:`tracking.add_export`; ``path`` and ``perplexity`` are used.
-        name: The model's name in the registry; default the run's.
+        exported: As for :func:`publish`; ``path`` and ``perplexity`` are used.
+        name: The model's name in the registry; default the run's name.
 
     Returns:
         The version. The same weights in the same folder keep their version. ``None`` where the
         recipe does not report to MLflow.
-
-    Raises:
-        TrackingError: MLflow does not answer, or does not know the run.
     """
     if not tracking_store.reports(args):
         return None
     from mlflow.exceptions import MlflowException
 
     uri, name = tracking_store.store_of(run, args)[0], name or run.name
-    client, found = tracking.known_run(run, uri)
+    client, mlflow_run = tracking.known_run(run, uri)
     tags = _lineage(run, args, exported)
     try:
         with suppress(MlflowException):  # it exists
@@ -51,15 +80,15 @@ def register(run: Run, args: Recipe, exported: dict[str, Any], name: str = "") -
             if all(known.tags.get(key) == tags[key] for key in ("cpt.path", "cpt.weights")):
                 return int(known.version)
         # A server accepts no path as a source. The run's artifact export.json holds the path.
-        source = f"runs:/{found.info.run_id}/export.json"
-        made = client.create_model_version(name, source, found.info.run_id, tags=tags)
+        source = f"runs:/{mlflow_run.info.run_id}/export.json"
+        made = client.create_model_version(name, source, mlflow_run.info.run_id, tags=tags)
     except Exception as error:
         raise tracking_store.no_answer(uri, error) from None
     return int(made.version)
 
 
 def registered(uri: str, name: str, version: int | None = None) -> tuple[Path, dict[str, str]]:
-    """Finds a model of MLflow's registry: its folder and its lineage.
+    """Finds a model in MLflow's registry and verifies its weights.
 
     Args:
         uri: The tracking server, or the embedded store, ``sqlite:///<storage>/mlflow/mlflow.db``.
@@ -67,11 +96,11 @@ def registered(uri: str, name: str, version: int | None = None) -> tuple[Path, d
         version: The version; default the newest.
 
     Returns:
-        The folder, whose weights are the registered ones, and the version's tags.
+        The folder with the registered weights, and the tags of the version (its lineage).
 
     Raises:
-        TrackingError: MLflow does not answer, knows no such model, or the folder no longer holds
-            these weights.
+        TrackingError: MLflow does not answer, knows no such model, or the weights in the folder
+            have changed.
     """
     try:
         found = tracking_store.client_of(uri).search_model_versions(f"name = '{name}'")
@@ -81,13 +110,10 @@ def registered(uri: str, name: str, version: int | None = None) -> tuple[Path, d
     chosen = versions.get(max(versions, default=0) if version is None else version)
     if chosen is None:
         raise TrackingError(
-            f"MLflow's registry has no model '{name}'"
-            + (f", version {version}" if version else ""),
+            f"MLflow's registry has no model '{name}'" + f", version {version}" * bool(version),
             where=uri,
-            expected=f"one of the versions {sorted(versions)}"
-            if versions
-            else "a registered model",
-            do="run notebook 06_export, or model_registry.register, again",
+            expected=f"a registered model; the known versions are {sorted(versions)}",
+            do="run notebook 06_export again",
         )
     folder = Path(chosen.tags["cpt.path"])
     if weights_sha256(folder) != chosen.tags["cpt.weights"]:
@@ -102,7 +128,7 @@ def registered(uri: str, name: str, version: int | None = None) -> tuple[Path, d
 
 
 def _lineage(run: Run, args: Recipe, exported: dict[str, Any]) -> dict[str, str]:
-    """Where a model comes from, and its perplexities, as tags, whose values are short strings."""
+    """The model's sources and perplexities as tags, whose values are short strings."""
     step = run.step_json("03_config")
     recipe = json.loads(step.read_text("utf-8"))["parameters"] if step.is_file() else {}
     tags = {
@@ -117,15 +143,14 @@ def _lineage(run: Run, args: Recipe, exported: dict[str, Any]) -> dict[str, str]
     for name in str(args["dataset"]).split(","):
         corpus = run.storage / "corpora" / name / "corpus.json"
         if corpus.is_file():
-            kept = json.loads(corpus.read_text("utf-8"))["sha256"]
-            tags[f"data.{name}.sha256"] = kept
+            tags[f"data.{name}.sha256"] = json.loads(corpus.read_text("utf-8"))["sha256"]
     for role, value in exported.get("perplexity", {}).items():
         tags[f"perplexity.{role}"] = value
     return {f"cpt.{key}": str(value)[:5000] for key, value in tags.items()}
 
 
 def _code_version() -> str:
-    """The commit of this package, marked where files differ from it; else its release."""
+    """The commit of this package, with a mark for uncommitted changes; else its release."""
     git = ["git", "-C", str(PROJECT)]
     with suppress(OSError, subprocess.CalledProcessError):
         if (PROJECT / ".git").exists():

@@ -1,12 +1,10 @@
-"""An exported model with its weights in 8 or 4 bits, in the form vLLM loads (compressed-tensors).
+"""Quantizes the weights of an exported model to 8 or 4 bits (compressed-tensors, as vLLM loads).
 
-Weights only, activations stay in 16 bits: W8A16 rounds to the nearest, a scale for each output;
-W4A16 is GPTQ (Frantar et al. 2023, https://arxiv.org/abs/2210.17323) on text of the corpus, a scale
-for each group of inputs. Embeddings and the output layer keep their precision.
+Activations keep 16 bits. W8A16 rounds to the nearest value, with one scale per output. W4A16 is
+GPTQ (Frantar et al. 2023, https://arxiv.org/abs/2210.17323), calibrated on the corpus, with one
+scale per group of inputs. Embeddings and the output layer keep their precision.
 
-GGUF, llama.cpp's form, is not written here. llama.cpp's own ``convert_hf_to_gguf.py`` does it from
-an exported folder, and stands in its source, not in a package of theirs; the ``gguf`` package
-writes the container and leaves it to that script how a family's tensors and tokenizer are turned.
+GGUF files are not written: llama.cpp distributes ``convert_hf_to_gguf.py`` as source only.
 """
 
 from __future__ import annotations
@@ -18,20 +16,57 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from .. import recipes
+from ..data import corpora
 from ..data.packing import pack
 from ..errors import ExportError, nearest
 from ..redirect import hushed
 from ..run import in_one_piece
-from ..setup import assets
-from ..setup.models import ADAPTER, config_of, copy_processor, empty, load
+from ..setup import assets, models
+from . import evaluation
+from .huggingface import Export, Verification, is_made, write_note
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 SCHEMES = ("W8A16", "W4A16")
-GROUPS = (128, 64, 32)  # inputs that share a scale: the sizes vLLM's kernels know
+GROUPS = (128, 64, 32)  # inputs per scale: the sizes that vLLM's kernels support
 NOTE = "quantize.json"
-# Not quantized: the output layer, which is often the embedding, and what sees images.
+# Not quantized: the output layer, which is often the embedding, and the vision tower.
 IGNORED = ["lm_head", "re:.*vision_tower.*", "re:.*multi_modal_projector.*"]
+
+
+def compare_formats(exported: Export, verification: Verification, scheme: str = "") -> DataFrame:
+    """Quantizes an export if asked to, and compares sizes and held-out perplexities.
+
+    The quantized folder is ``<run>/export-<scheme>``. W4A16 is calibrated on the training half of
+    the corpus.
+
+    Args:
+        exported: The export, in full precision.
+        verification: Its perplexities.
+        scheme: ``"W8A16"``, ``"W4A16"``, or empty for the full precision alone.
+    """
+    import pandas as pd
+
+    run, recipe = exported.run, recipes.load(exported.run)
+    measured = {verification.dtype: (exported.folder, verification.perplexity)}
+    if scheme:
+        corpus = corpora.load(recipes.names_of(recipe["dataset"])[0], run.storage)
+        folder = run.folder / f"export-{scheme.lower()}"
+        texts = corpora.texts_of(corpus.train) if scheme == "W4A16" else None
+        quantize(exported.folder, folder, scheme, texts, block_size=recipe.block_size)
+        quantized = models.load(folder)
+        measured[scheme] = folder, evaluation.held_out_perplexity(run, *quantized)
+        del quantized
+        models.release()
+    return pd.DataFrame(
+        {"weights": name, "MB": round(size_of(folder) / 1e6, 2)}
+        | {f"perplexity, {role}": round(value, 3) for role, value in perplexity.items()}
+        for name, (folder, perplexity) in measured.items()
+    )
 
 
 def quantize(
@@ -43,57 +78,53 @@ def quantize(
     samples: int = 128,
     block_size: int = 256,
 ) -> int:
-    """Writes an exported model's quantized form; one made the same way is left alone.
+    """Writes the quantized form of an exported model; one made from the same inputs is kept.
 
     Args:
-        exported: A Hugging Face folder with full weights, as :func:`export.export` makes it.
+        exported: A Hugging Face folder with full weights, from :func:`huggingface.write_model`.
         target: The folder to make.
         scheme: ``"W8A16"`` needs no text; ``"W4A16"`` does.
-        texts: Documents to calibrate W4A16 with: those of the training half, never held-out ones.
-        samples: Blocks of text to calibrate with, at most.
-        block_size: Tokens in such a block.
+        texts: Documents of the training half to calibrate W4A16 with, never held-out ones.
+        samples: Maximum number of calibration blocks.
+        block_size: Tokens per block.
 
     Returns:
-        Bytes of the folder.
+        The size of the folder in bytes.
 
     Raises:
-        ExportError: The scheme is unknown, W4A16 has too little text or no group size that fits,
-            the folder holds an adapter, the model is quantized already, or the target holds
-            something else.
+        ExportError: The scheme, the calibration text, the model or the target cannot be used.
         AssetError: ``exported`` is no model folder.
     """
-    require(scheme)
+    validate_options(scheme)
     group = _group_of(exported, scheme)
-    blocks = _blocks(exported, scheme, texts, samples, block_size)
+    blocks = _blocks(exported, texts, samples, block_size) if scheme == "W4A16" else []
+    digest = hashlib.sha256(json.dumps(blocks).encode()).hexdigest()
+    calibration = {"blocks": len(blocks), "block_size": block_size, "sha256": digest}
     made_from = {
         "model": str(exported),
         "weights": [assets.sha256(path) for path in sorted(exported.glob("*.safetensors"))],
         "scheme": scheme,
         "group_size": group,
-        "calibration": _digest(blocks),
+        "calibration": calibration if blocks else None,
     }
-    if target.exists():
-        note = target / NOTE
-        if note.is_file() and json.loads(note.read_text("utf-8")) == made_from:
-            return size_of(target)
-        raise ExportError(
-            "the folder for the quantized model exists and holds something else",
-            where=target,
-            expected=f"no folder, or {exported} as {scheme}, from the same weights and text",
-            do="move it away, or give another; nothing was changed",
-        )
-    return _write(exported, target, made_from, blocks)
+    expected = f"{exported} as {scheme}, from the same weights and text"
+    if not is_made(target / NOTE, made_from, expected):
+        model, tokenizer = models.load(exported)
+        with in_one_piece(target) as new:
+            with hushed():  # llmcompressor logs every layer
+                _compress(model, tokenizer, scheme, group, blocks)
+                model.save_pretrained(new, save_compressed=True, safe_serialization=True)
+            tokenizer.save_pretrained(new)
+            models.copy_processor(exported, new)
+            write_note(new / NOTE, made_from)
+    return size_of(target)
 
 
-def require(scheme: str, form: str = "merged") -> None:
-    """Refuses what cannot be quantized by its name alone, before anything is loaded.
-
-    Args:
-        scheme: ``"W8A16"`` or ``"W4A16"``.
-        form: Of the export, as :func:`export.export` takes it.
+def validate_options(scheme: str, form: str = "merged") -> None:
+    """Checks the scheme and the form of the export before anything is loaded.
 
     Raises:
-        ExportError: The scheme is unknown, or the export is to be an adapter.
+        ExportError: The scheme is unknown, or the export is an adapter.
     """
     if scheme not in SCHEMES:
         raise ExportError(
@@ -102,99 +133,83 @@ def require(scheme: str, form: str = "merged") -> None:
         )
     if form != "merged":
         raise ExportError(
-            f"an {form} alone cannot be quantized: the base's weights are not in it",
-            expected="a model that stands alone",
+            f"an {form} alone cannot be quantized: it does not contain the base's weights",
+            expected="a complete model",
             do='export it with FORM = "merged"',
         )
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of a folder's files."""
+    """The bytes of a folder's files."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def group_size(model: Any) -> int:
-    """Inputs that share a scale: the largest size that divides every layer's width.
-
-    Args:
-        model: In plain transformers, on any device; the meta device is enough.
+    """Inputs per scale: the largest size that divides the width of every quantized layer.
 
     Raises:
-        ExportError: None divides them all.
+        ExportError: No size divides all widths.
     """
-    widths = sorted({layer.in_features for layer in _quantized(model).values()})
+    import torch
+
+    ignored = "|".join(name.removeprefix("re:") for name in IGNORED)
+    layers = [m for n, m in model.named_modules() if not re.fullmatch(ignored, n)]
+    widths = sorted({layer.in_features for layer in layers if isinstance(layer, torch.nn.Linear)})
     for size in GROUPS:
         if all(width % size == 0 for width in widths):
             return size
     odd = [width for width in widths if width % GROUPS[-1]]
     raise ExportError(
-        f"4 bits need groups of inputs, and none of {', '.join(map(str, GROUPS))} divides every "
-        f"layer's width",
+        f"4 bits need groups of inputs, and none of {', '.join(map(str, GROUPS))} divides the "
+        "width of every layer",
         where=f"{type(model).__name__}: widths {', '.join(map(str, odd))}",
-        expected=f"widths that {GROUPS[-1]} divides",
-        do="quantize to W8A16, which has a scale for each output and no groups",
+        expected=f"multiples of {GROUPS[-1]}",
+        do="quantize to W8A16, which has one scale per output and no groups",
     )
 
 
 def _group_of(exported: Path, scheme: str) -> int | None:
-    """The group size, from the configuration alone; also sees whether this is a full model."""
-    if (exported / ADAPTER).is_file():
+    """The group size for W4A16, from the configuration alone."""
+    full = "full weights, as notebook 06_export writes them"
+    if (exported / models.ADAPTER).is_file():
         raise ExportError(
-            "an adapter cannot be quantized: it is what LoRA trained, without its base's weights",
-            where=exported / ADAPTER,
-            expected="full weights, as notebook 06_export writes them",
+            "an adapter cannot be quantized: it does not contain the base's weights",
+            where=exported / models.ADAPTER,
+            expected=full,
             do='export the checkpoint with FORM = "merged" first, and give that folder',
         )
-    config = config_of(exported)
+    config = models.config_of(exported)
     if getattr(config, "quantization_config", None):
         raise ExportError(
             "the model is quantized already",
             where=exported / "config.json",
-            expected="full weights, as notebook 06_export writes them",
+            expected=full,
             do="give the folder it was made from",
         )
-    if scheme == "W8A16":
-        return None
-    return group_size(empty(config))
-
-
-def _quantized(model: Any) -> dict[str, Any]:
-    """The layers a scheme is applied to, by name."""
-    import torch
-
-    patterns = [name.removeprefix("re:") for name in IGNORED]
-    return {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, torch.nn.Linear)
-        and not any(re.fullmatch(pattern, name) for pattern in patterns)
-    }
+    return group_size(models.empty(config)) if scheme == "W4A16" else None
 
 
 def _blocks(
-    exported: Path, scheme: str, texts: Iterable[str] | None, samples: int, block_size: int
+    exported: Path, texts: Iterable[str] | None, samples: int, block_size: int
 ) -> list[list[int]]:
-    """Calibration text as the training saw it: documents joined and cut into whole blocks."""
-    if scheme == "W8A16":
-        return []
+    """Calibration text in the form of the training: documents joined and cut into whole blocks."""
     if texts is not None:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(exported)
-        # Four characters a token at most is usual; where it is more, there are fewer blocks.
-        blocks = pack(_first(texts, samples * block_size * 8), tokenizer, block_size).blocks
-        if blocks:
-            return blocks[:samples]
+        tokenizer = assets.tokenizer_of(str(exported))
+        # Eight characters per token are more than any tokenizer needs on average.
+        packed = pack(_first(texts, 8 * samples * block_size), tokenizer, block_size)
+        if packed.blocks:
+            return [list(block) for block in packed.blocks[:samples]]
+    amount = "none given" if texts is None else f"less than {block_size} tokens"
     raise ExportError(
-        "W4A16 has no text to calibrate with",
-        where=f"texts: {'none given' if texts is None else f'less than {block_size} tokens'}",
-        expected="documents of the kind the model is for: the training half of its corpus",
+        "there is no text to calibrate with",
+        where=f"texts: {amount}",
+        expected="documents of the training half of the corpus",
         do="texts=data.texts_of(corpus.train), or quantize to W8A16, which needs none",
     )
 
 
 def _first(texts: Iterable[str], characters: int) -> Iterable[str]:
-    """The first documents, until they come to so many characters."""
+    """The first documents that together have at least so many characters."""
     for text in texts:
         yield text
         characters -= len(text)
@@ -202,39 +217,20 @@ def _first(texts: Iterable[str], characters: int) -> Iterable[str]:
             return
 
 
-def _digest(blocks: list[list[int]]) -> dict[str, Any] | None:
-    if not blocks:
-        return None
-    ids = hashlib.sha256(json.dumps(blocks).encode()).hexdigest()
-    return {"blocks": len(blocks), "block_size": len(blocks[0]), "sha256": ids}
-
-
-def _write(exported: Path, target: Path, made_from: dict[str, Any], blocks: list[list[int]]) -> int:
-    model, tokenizer = load(exported)
-    with in_one_piece(target) as new:
-        with hushed():  # llmcompressor tells every layer
-            _compress(model, tokenizer, made_from["scheme"], made_from["group_size"], blocks)
-            model.save_pretrained(new, save_compressed=True, safe_serialization=True)
-        tokenizer.save_pretrained(new)
-        copy_processor(exported, new)
-        (new / NOTE).write_text(json.dumps(made_from, indent=2) + "\n", "utf-8")
-    return size_of(target)
-
-
 def _compress(
     model: Any, tokenizer: Any, scheme: str, group: int | None, blocks: list[list[int]]
 ) -> None:
-    """Quantizes a model where it is, by llmcompressor."""
+    """Quantizes a model in place with llmcompressor."""
     import torch
 
-    # llmcompressor 0.6.0.1 makes ./sparse_logs unless its logger has a file already.
+    # llmcompressor 0.6.0.1 creates ./sparse_logs unless its logger has a file handler.
     log = logging.getLogger("llmcompressor.metrics.logger")
     log.handlers = [logging.FileHandler(os.devnull, delay=True)]
     from llmcompressor import oneshot
     from llmcompressor.core import reset_session
     from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
 
-    reset_session()  # a recipe of an earlier call would be applied once more
+    reset_session()  # otherwise the recipe of an earlier call is applied again
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     common = {"model": model, "tokenizer": tokenizer, "oneshot_device": device, "log_dir": None}
     if scheme == "W8A16":
