@@ -257,19 +257,19 @@ def test_which_failures_are_tried_again(tmp_path: Path) -> None:
 
     log = tmp_path / "rank-0.log"
     lost = Cause([])
-    assert not lost.hopeless("The actor died unexpectedly", trained=False)
-    assert lost.hopeless("ModuleNotFoundError: cpt_helpers", trained=False)
+    assert not lost.would_repeat("The actor died unexpectedly", trained=False)
+    assert lost.would_repeat("ModuleNotFoundError: cpt_helpers", trained=False)
     log.write_text("--- rank 0, now, pid 1\nValueError: no such template\n")
-    assert Cause([log]).hopeless("", trained=False)
-    assert not Cause([log]).hopeless("", trained=True)
+    assert Cause([log]).would_repeat("", trained=False)
+    assert not Cause([log]).would_repeat("", trained=True)
     log.write_text("--- rank 0, now, pid 1\nRuntimeError: [gloo] Connection closed by peer\n")
-    assert not Cause([log]).hopeless("", trained=False)
+    assert not Cause([log]).would_repeat("", trained=False)
     log.write_text("--- rank 0, now, pid 1\nOSError: [Errno 28] No space left on device\n")
-    assert Cause([log]).hopeless("", trained=True)
+    assert Cause([log]).would_repeat("", trained=True)
 
 
 def test_the_rank_that_died_is_the_cause_and_not_the_one_that_noticed(run: Run) -> None:
-    from cpt_helpers.train.failures import cause_of, readable
+    from cpt_helpers.train.failures import cause_of, readable_error
 
     run.logs.mkdir(parents=True)
     old = "--- rank 1, attempt aa.0, now, pid 1\nValueError: of an earlier launch\n"
@@ -283,26 +283,26 @@ def test_the_rank_that_died_is_the_cause_and_not_the_one_that_noticed(run: Run) 
     (run.logs / "rank-2.log").write_text(old.replace("rank 1", "rank 2"))
     cause = cause_of(run, "aa.1")
     assert cause.sentence.startswith("rank 1 exited without an error message")
-    assert not cause.hopeless("", trained=False), "a rank lost while it loads is tried again"
-    assert "rank 1 exited" in str(readable(run, "", ["aa.0", "aa.1"]))
+    assert not cause.would_repeat("", trained=False), "a rank lost while it loads is tried again"
+    assert "rank 1 exited" in str(readable_error(run, "", ["aa.0", "aa.1"]))
 
 
 @pytest.mark.parametrize("name", ["DivergedError", "WeightsError"])
 def test_what_a_restart_would_repeat_is_not_tried_again(run: Run, name: str) -> None:
     from cpt_helpers import errors
-    from cpt_helpers.train.failures import cause_of, readable
+    from cpt_helpers.train.failures import cause_of, readable_error
 
     run.logs.mkdir(parents=True)
     said = f"cpt_helpers.errors.{name}: the training cannot be used\n"
     (run.logs / "rank-0.log").write_text(f"--- rank 0, attempt aa.0, now, pid 1\n{said}")
-    assert cause_of(run, "aa.0").hopeless("", trained=True)
+    assert cause_of(run, "aa.0").would_repeat("", trained=True)
     if name == "DivergedError":
         note(run, {"event": "start", "step": 0, "time": 1.0, "attempt": "aa.0"})
         diverged = {"event": "diverged", "step": 7, "time": 2.0, "attempt": "aa.0"}
         note(run, diverged | {"rank": 1, "reason": "the loss is nan"})
         write(run, 0, 5)
         write(run, 1, 7)
-    error = readable(run, "", ["aa.0"])
+    error = readable_error(run, "", ["aa.0"])
     assert type(error) is getattr(errors, name)
     if name == "DivergedError":
         assert "at step 7, on rank 1: the loss is nan" in str(error)

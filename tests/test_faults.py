@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cpt_helpers import recipes
+from cpt_helpers import checkpoints, recipes
 from cpt_helpers.checkpoints import manifests
 from cpt_helpers.config import resolution
 from cpt_helpers.data import corpora
@@ -238,7 +238,7 @@ def test_the_driver_killed(new, undisturbed, killed, seen) -> None:
     trained = new("driver-killed-again", like=killed)
     assert trained.train() == 0, trained.output
     step = killed.saved[-1]
-    assert f"was interrupted: it goes on from step {step}" in trained.output
+    assert f"was interrupted; it resumes from step {step}" in trained.output
     assert trained.starts == [0, step]
     same(trained, undisturbed, seen, f"resumed from step {step}")
 
@@ -247,7 +247,9 @@ def test_the_driver_stopped_by_hand(new, undisturbed, seen) -> None:
     """7 · the driver stopped by Ctrl-C, then the command again."""
     trained = new("stopped")
     trained.stop_at(7, signal.SIGINT)
-    assert "Interrupted: the training of 'stopped' was stopped by hand at step" in trained.output
+    assert (
+        "Interrupted: the training of 'stopped' was stopped by the user at step" in trained.output
+    )
     step = trained.saved[-1]
     assert trained.train() == 0, trained.output
     assert trained.starts == [0, step]
@@ -291,9 +293,9 @@ def test_a_damaged_checkpoint(
     trained = new(f"damaged-{number}", like=killed)
     damage(trained)
     assert trained.train() == 0, trained.output
-    assert "passed over TorchTrainer_" in trained.output and says in trained.output
+    assert "skipped TorchTrainer_" in trained.output and says in trained.output
     step = killed.saved[-2]
-    assert f"it goes on from step {step}" in trained.output
+    assert f"it resumes from step {step}" in trained.output
     assert trained.starts == [0, step]
     seen["fault"] = f"{number} · {what}"
     same(trained, undisturbed, seen, f"skipped with its reason; resumed from step {step}")
@@ -422,7 +424,7 @@ def test_four_ranks_and_fifty_checkpoints(new, seen) -> None:
     assert all(c.whole for c in found) and [c.step for c in found][-2:] == [49, 50]
     assert len(found) <= 3 and most <= 4
     last = found[-1]
-    assert manifests.ranks_with_shards(last) == [0, 1, 2, 3]
+    assert checkpoints.ranks_with_shards(last) == [0, 1, 2, 3]
     on_disk = sum(f.stat().st_size for f in last.path.rglob("*") if f.is_file())
     assert on_disk <= 1.02 * last.bytes
     assert not list(trained.run.output.glob("checkpoint-*"))

@@ -14,18 +14,19 @@ from cpt_helpers.data import sources
 from cpt_helpers.errors import CptError, DataError, ParameterError, TrackingError
 from cpt_helpers.export import model_registry
 from cpt_helpers.notebook import defining_parameters
+from cpt_helpers.recipes import Recipe
 from cpt_helpers.redact import redact
 from cpt_helpers.run import Run
 from cpt_helpers.setup import tracking_store
 from cpt_helpers.train import tracking
 
 CANARY = "canary-inside-a-uri"
-ARGS = {
-    "report_to": "mlflow",
-    "model_name_or_path": "/models/base",
-    "dataset": "handbook",
-    "eval_dataset": "handbook_heldout",
-}
+ARGS = Recipe(
+    report_to="mlflow",
+    model_name_or_path="/models/base",
+    dataset="handbook",
+    eval_dataset="handbook_heldout",
+)
 
 
 @pytest.fixture
@@ -109,8 +110,8 @@ def test_a_store_that_does_not_answer(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     calls = [
-        lambda: tracking.prepare(run, ARGS),
-        lambda: tracking.recorded(run, ARGS),
+        lambda: tracking.prepare_tracking(run, ARGS),
+        lambda: tracking.tracked_run(run, ARGS),
         lambda: tracking.add_export(run, ARGS, {"path": str(run.export)}),
         lambda: model_registry.registered(uri, "tiny"),
     ]
@@ -136,7 +137,10 @@ def test_a_password_that_is_not_encoded_is_refused_unseen(
     run: Run, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    for call in (lambda: tracking.prepare(run, ARGS), lambda: tracking_store.ask(run, ARGS, 1)):
+    for call in (
+        lambda: tracking.prepare_tracking(run, ARGS),
+        lambda: tracking_store.ask(run, ARGS, 1),
+    ):
         with pytest.raises(TrackingError, match="not a valid URI") as refused:
             call()
         assert not any(part in str(refused.value) for part in ("someone", "first", "second"))
@@ -151,14 +155,14 @@ def test_a_server_named_with_a_password(
     uri = mlflow_server.replace("://", f"://someone:{CANARY}@")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     assert "127.0.0.1" in (answer := tracking_store.ask(run, ARGS, 8.0))
-    shown = tracking.prepare(run, ARGS)
+    shown = tracking.prepare_tracking(run, ARGS)
     assert shown == mlflow_server.replace("://", "://***@")
     tracking.catch_up(run, ARGS)
     exported = {"path": str(run.export), "perplexity": {"domain": 12.5}}
     tracking.add_export(run, ARGS, exported)
     assert model_registry.register(run, ARGS, exported) == 1
-    found = tracking.recorded(run, ARGS)
-    assert found["status"] == "FINISHED" and found["metrics"]["loss"] == 3.1
+    found = tracking.tracked_run(run, ARGS)
+    assert found.status == "FINISHED" and found.metrics["loss"] == 3.1
 
     train = {"tokens": 16, "steps": 2, "tokens_per_second": 16.0, "seconds": 1.0}
     timed = {"04_train": {"seconds": 1.0}}
@@ -174,7 +178,7 @@ def test_a_server_named_with_a_password(
     printed = capfd.readouterr()
     assert CANARY not in answer + table + printed.out + printed.err
     client = mlflow.MlflowClient(mlflow_server)
-    entry = client.get_run(found["id"]).to_dictionary()
+    entry = client.get_run(found.id).to_dictionary()
     assert entry["data"]["tags"]["cpt.export"] == str(run.export)
     assert CANARY not in json.dumps(entry)
 
@@ -201,4 +205,4 @@ def test_a_run_of_another_storage_gets_its_own_store(
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     for name in ("one", "other"):
         run = Run("tracked", tmp_path / name)
-        assert tracking.prepare(run, ARGS) == f"sqlite:///{run.mlflow_db}"
+        assert tracking.prepare_tracking(run, ARGS) == f"sqlite:///{run.mlflow_db}"
