@@ -10,7 +10,7 @@ Out: whole checkpoints, to resume from (step 4) or to export (step 6).
 
 from __future__ import annotations
 
-from .contents import files, ranks_with_shards, storage_ratio, table
+from .contents import files, ranks_with_shards, sizes, table
 from .manifests import Checkpoint, latest, listing, pick
 
 __all__ = [
@@ -20,6 +20,6 @@ __all__ = [
     "listing",
     "pick",
     "ranks_with_shards",
-    "storage_ratio",
+    "sizes",
     "table",
 ]

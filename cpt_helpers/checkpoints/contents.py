@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .. import display
@@ -27,6 +28,32 @@ _CONTENTS = {  # of a file, by a part of its name
     "zero_to_fp32.py": "DeepSpeed's script that gathers fp32 weights from the shards",
     "latest": "the name of the folder of shards",
 }
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The size of a checkpoint, shown as a table.
+
+    Attributes:
+        bytes: Size of its files.
+        bytes_per_trained_parameter: The same per trained parameter.
+        storage_ratio: Bytes of its folder on the storage, divided by ``bytes``.
+        ranks_with_shards: The ranks whose ZeRO shard is in it.
+    """
+
+    bytes: int
+    bytes_per_trained_parameter: float
+    storage_ratio: float
+    ranks_with_shards: list[int]
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("files, MB", f"{self.bytes / 1e6:,.1f}"),
+            ("bytes per trained parameter", f"{self.bytes_per_trained_parameter:.1f}"),
+            ("size on the storage, in multiples of the files", f"{self.storage_ratio:.3f}"),
+            ("ranks with a shard", ", ".join(map(str, self.ranks_with_shards))),
+        ]
+        return display.table(rows)._repr_html_()  # type: ignore[operator]  # missing in the stubs
 
 
 def table(checkpoints: Iterable[Checkpoint], held_out: Iterable[str] = ()) -> DataFrame:
@@ -72,7 +99,12 @@ def ranks_with_shards(checkpoint: Checkpoint) -> list[int]:
     return sorted({owner(path.name) for path in checkpoint.model.rglob("*_optim_states.pt")})
 
 
-def storage_ratio(checkpoint: Checkpoint) -> float:
-    """Bytes of a checkpoint's folder on the storage, divided by the bytes in its manifest."""
-    sizes = [path.stat().st_size for path in checkpoint.path.rglob("*") if path.is_file()]
-    return sum(sizes) / checkpoint.bytes
+def sizes(checkpoint: Checkpoint, trained_parameters: int) -> Sizes:
+    """Measures a checkpoint; ``trained_parameters`` are in the training's summary."""
+    stored = sum(path.stat().st_size for path in checkpoint.path.rglob("*") if path.is_file())
+    return Sizes(
+        checkpoint.bytes,
+        round(checkpoint.bytes / trained_parameters, 2),
+        round(stored / checkpoint.bytes, 4),
+        ranks_with_shards(checkpoint),
+    )

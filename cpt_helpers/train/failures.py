@@ -243,7 +243,7 @@ def remote_kill() -> Callable[[dict[str, Any]], None]:
 
     here = ray.get_runtime_context().get_node_id()
     others = [n["NodeID"] for n in ray.nodes() if n["Alive"] and n["NodeID"] != here]
-    actor = ray.remote(num_cpus=0)(Killer)
+    actor: Any = ray.remote(num_cpus=0)(Killer)
     nodes = {node: NodeAffinitySchedulingStrategy(node, soft=False) for node in others}
     actors = {n: actor.options(scheduling_strategy=place).remote() for n, place in nodes.items()}
 

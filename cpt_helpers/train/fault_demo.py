@@ -66,7 +66,9 @@ class FaultDemo:
         return asdict(self) | equal | {"folder": str(self.folder)}
 
     def _repr_html_(self) -> str:
-        rows = [("demonstration failed, the trained run is not affected", self.error)]
+        rows: list[tuple[str, Any]] = [
+            ("demonstration failed, the trained run is not affected", self.error)
+        ]
         if not self.error:
             rows = [
                 ("killed after step", self.killed_at),
@@ -84,7 +86,12 @@ class FaultDemo:
 
         figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
         uninterrupted, killed = map(_losses, _runs(self.folder))
-        wide = {"color": "tab:gray", "lw": 6, "alpha": 0.4, "label": "uninterrupted"}
+        wide: dict[str, Any] = {
+            "color": "tab:gray",
+            "lw": 6,
+            "alpha": 0.4,
+            "label": "uninterrupted",
+        }
         axes.plot(*zip(*uninterrupted, strict=True), **wide)
         axes.plot(*zip(*killed, strict=True), "o-", color="tab:blue", ms=4, label="killed")
         label = f"repeated after the kill at step {self.killed_at}"

@@ -160,7 +160,7 @@ def _folder(recipe: Recipe) -> Path:
         return Path(name)
     from transformers.utils import cached_file
 
-    return Path(cached_file(name, "config.json", local_files_only=True)).parent
+    return Path(str(cached_file(name, "config.json", local_files_only=True))).parent
 
 
 def _named(model: Any, base: Any, *, adapter: bool) -> Iterator[tuple[str, Any]]:
