@@ -18,7 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-SECONDS = 120  # a job may take
+SECONDS = 120  # the limit of a job
 
 
 def main() -> None:
@@ -88,10 +88,10 @@ def _rank(job: dict[str, Any], rank: int, port: int) -> None:
 
 
 def lazily() -> None:
-    """Has every asynchronous collective done as late as it may be.
+    """Runs every asynchronous collective as late as possible.
 
-    That is when it is waited for, or when a collective of another kind begins. Code that writes to
-    a result, or reads it, without waiting trains on garbage every time.
+    It runs when it is waited for, or when a collective of another kind begins. Code that uses a
+    result without waiting then always trains on garbage.
     """
     import torch.distributed as dist
 
@@ -123,7 +123,7 @@ def lazily() -> None:
 
 
 def lazily_without_waiting() -> None:
-    """The same, with DeepSpeed as it is: it waits for the last of several gathers only."""
+    """The same with uncorrected DeepSpeed, which waits only for the last of several gathers."""
     from cpt_helpers.train import patches
 
     lazily()
@@ -131,7 +131,7 @@ def lazily_without_waiting() -> None:
 
 
 def own_checkpoints() -> None:
-    """Puts checkpoints where Ray would, without Ray."""
+    """Writes checkpoints to the folder that Ray would use."""
     from cpt_helpers.train import callback
 
     def next_checkpoint(run: Any) -> Path:

@@ -1,4 +1,4 @@
-"""Credentials of a tracking store: in no output, file or message; with MLflow's own server."""
+"""MLflow tracking; credentials appear in no output, file or message."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ARGS = Recipe(
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """A finished run, as its workers leave it."""
+    """The files of a finished run."""
     run = Run("tracked", tmp_path)
     events = [
         {"event": "start", "step": 0, "max_steps": 2, "tokens_per_step": 8},
@@ -67,14 +67,14 @@ def run(tmp_path: Path) -> Run:
         ("s3://bucket/a@b.jsonl, me@example.com", "s3://bucket/a@b.jsonl, me@example.com"),
     ],
 )
-def test_credentials_are_hidden_and_the_rest_is_not(text: str, expected: str | None) -> None:
+def test_credentials_are_hidden_and_other_text_is_not(text: str, expected: str | None) -> None:
     hidden = redact(text)
     assert "canary" not in hidden and "c%40nary" not in hidden
     assert hidden == expected or (expected is None and "***" in hidden)
-    assert redact(hidden) == hidden, "once is enough"
+    assert redact(hidden) == hidden, "redacting twice changes nothing"
 
 
-def test_every_error_of_ours_hides_them() -> None:
+def test_error_messages_hide_credentials() -> None:
     uri = f"https://someone:{CANARY}@host"
     error = CptError(f"no answer from {uri}", where=uri, expected=uri, do=f"ask {uri}")
     parts = (str(error), error.what, error.where, error.expected, error.do)
@@ -82,7 +82,7 @@ def test_every_error_of_ours_hides_them() -> None:
     assert all("https://***@host" in part for part in parts)
 
 
-def test_a_parameter_with_credentials_is_refused() -> None:
+def test_a_parameter_with_credentials_is_an_error() -> None:
     with pytest.raises(ParameterError, match="CORPUS holds a token") as refused:
         defining_parameters({"CORPUS": f"https://someone:{CANARY}@host/corpus.jsonl"})
     assert CANARY not in str(refused.value)
@@ -103,7 +103,7 @@ def test_a_parameter_with_credentials_is_refused() -> None:
         "htp://someone:{}@host",
     ],
 )
-def test_a_store_that_does_not_answer(
+def test_a_store_that_does_not_answer_is_an_error(
     run: Run, uri: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     uri = uri.format(CANARY, port=free_port())
@@ -133,7 +133,7 @@ def test_a_store_that_does_not_answer(
         "mysql+pymysql://someone:first-second@host:port/mlflow",
     ],
 )
-def test_a_password_that_is_not_encoded_is_refused_unseen(
+def test_a_password_that_is_not_encoded_is_not_shown(
     run: Run, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
@@ -146,10 +146,10 @@ def test_a_password_that_is_not_encoded_is_refused_unseen(
         assert not any(part in str(refused.value) for part in ("someone", "first", "second"))
 
 
-def test_a_server_named_with_a_password(
+def test_a_server_uri_with_a_password(
     run: Run, mlflow_server: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
-    """The whole way of a run through a real server, by a URI with a user and a password."""
+    """Tracks and registers a run on a real server; the URI has a user and a password."""
     import mlflow
 
     uri = mlflow_server.replace("://", f"://someone:{CANARY}@")
@@ -173,7 +173,7 @@ def test_a_server_named_with_a_password(
     kept = [path for path in run.storage.rglob("*") if path.is_file()]
     assert kept and not [path for path in kept if CANARY.encode() in path.read_bytes()]
 
-    run.record("04_train", old)  # as a release that did not hide it
+    run.record("04_train", old)  # as written by an older release, which did not hide it
     table += pipeline.summary_table(run)
     printed = capfd.readouterr()
     assert CANARY not in answer + table + printed.out + printed.err
@@ -183,7 +183,7 @@ def test_a_server_named_with_a_password(
     assert CANARY not in json.dumps(entry)
 
 
-def test_a_server_that_stops_in_the_middle_of_a_training(
+def test_a_server_that_stops_during_a_training(
     run: Run, mlflow_server: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     """The terminal quotes MLflow's own message, which holds the URI."""
@@ -198,10 +198,8 @@ def test_a_server_that_stops_in_the_middle_of_a_training(
     assert CANARY not in printed.out + printed.err
 
 
-def test_a_run_of_another_storage_gets_its_own_store(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """MLflow sets MLFLOW_TRACKING_URI itself; that is no choice of the user's."""
+def test_each_storage_has_its_own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow sets MLFLOW_TRACKING_URI itself; that is not the user's choice."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     for name in ("one", "other"):
         run = Run("tracked", tmp_path / name)
