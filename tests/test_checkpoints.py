@@ -9,12 +9,18 @@ from types import SimpleNamespace
 
 import pytest
 
-from cpt_helpers import recipes
+from cpt_helpers import checkpoints, recipes
 from cpt_helpers.checkpoints import manifests
 from cpt_helpers.config import planning, preflight, resolution
-from cpt_helpers.errors import CheckpointError, ConfigError, RunExistsError, StorageError
+from cpt_helpers.errors import (
+    CheckpointError,
+    ConfigError,
+    RunExistsError,
+    StorageError,
+    TrainingError,
+)
 from cpt_helpers.run import Run
-from cpt_helpers.train import worker
+from cpt_helpers.train import fault_demo, launch, worker
 
 ATTEMPT = "TorchTrainer_ab12c_00000_0_2026-11-22_10-00-00"
 LATER = "TorchTrainer_ff12c_00000_0_2026-11-22_12-00-00"
@@ -147,6 +153,47 @@ def test_no_whole_checkpoint_is_an_error_if_one_was_finished(run: Run) -> None:
     assert (half / "model.safetensors").is_file()
     with pytest.raises(CheckpointError, match="no whole checkpoint"):
         manifests.pick(run, "last", None)
+
+
+def test_checkpoints_are_shown_as_tables(run: Run) -> None:
+    write(run, 0, 5, 2.0)
+    shard(write(run, 1, 10)).unlink()
+    found = checkpoints.listing(run)
+    table = checkpoints.table(found, ["d_heldout"])
+    assert list(table["step"]) == [5, 10]
+    assert list(table["loss, d_heldout"]) == ["2.0000", "not measured"]
+    assert table["state"].iloc[0] == "whole" and table["state"].iloc[1].endswith("is missing")
+    files = checkpoints.files(found[0])
+    assert files["file"].iloc[0] == "model.safetensors" and all(files["content"])
+    sizes = checkpoints.sizes(found[0], 1000)
+    assert sizes.ranks_with_shards == [0, 1] and 1 < sizes.storage_ratio < 1.2
+    assert sizes.bytes_per_trained_parameter == pytest.approx(found[0].bytes / 1000, abs=0.01)
+    assert "ranks with a shard" in sizes._repr_html_()
+
+
+def test_a_training_is_shown_as_a_table(run: Run) -> None:
+    start = {"event": "start", "step": 0, "time": 10.0, "tokens_per_step": 8, "world_size": 2}
+    start |= {"zero_stage": 3, "optimizer": "O", "parameters": {"all": 20, "trained": 10}}
+    step = {"event": "step", "seconds": 2.0, "mfu": 0.25, "memory": 2**30}
+    note(run, start, step | {"step": 1, "time": 14.0, "loss": 3.0})
+    with pytest.raises(TrainingError, match="is not complete"):
+        launch.summary(run)
+    end = {"event": "end", "step": 2, "time": 20.0, "memory": [2**31, 2**30]}
+    note(run, step | {"step": 2, "time": 16.0, "loss": 2.5}, end)
+    run.logs.mkdir()
+    (run.logs / "launched.json").write_text('{"launched": [4.0]}')
+    summary = launch.summary(run)
+    assert (summary["steps"], summary["tokens"], summary["tokens_per_second"]) == (2, 16, 4.0)
+    assert (summary["seconds"], summary["seconds_to_first_step"]) == (16.0, 8.0)
+    assert (summary["first_loss"], summary["last_loss"], summary["mfu"]) == (3.0, 2.5, 0.25)
+    shown = summary._repr_html_()
+    assert "2.0 GiB" in shown and "10 of 20" in shown and "25%" in shown
+
+
+def test_a_failed_demonstration_is_shown_and_recorded(run: Run) -> None:
+    demo = fault_demo.FaultDemo(run.folder, error="OSError: no file")
+    assert not demo.equal and demo.as_dict() == {"failed": "OSError: no file"}
+    assert "the trained run is not affected" in demo._repr_html_()
 
 
 def test_pruning_keeps_the_last_and_the_best(run: Run) -> None:
