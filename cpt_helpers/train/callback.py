@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ class RunCallback(TrainerCallback):
             flops_per_token=self.flops_per_token,
             eval_on_start=bool(args.eval_on_start),
             eval_strategy=str(args.eval_strategy.value),
-            weights=verified.as_dict(),
+            weights=asdict(verified),
             **self.launch,
         )
         base = Path(self.recipe["model_name_or_path"])

@@ -182,7 +182,7 @@ def _torch_trainer(run: Run, args: Recipe, attempts: Attempts) -> Any:
     on_gpu = bool(args.resources.get("GPU"))
     return TorchTrainer(
         train_loop,
-        train_loop_config={"args": args, "run": run.name, "storage": str(run.storage)},
+        train_loop_config={"args": dict(args), "run": run.name, "storage": str(run.storage)},
         scaling_config=ScalingConfig(
             num_workers=args.workers,
             resources_per_worker=args.resources,

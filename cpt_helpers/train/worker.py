@@ -42,16 +42,15 @@ def train_loop(config: dict[str, Any]) -> None:
     import ray.train
 
     context = ray.train.get_context()
-    run = Run(config["run"], Path(config["storage"]))
+    run, args = Run(config["run"], Path(config["storage"])), Recipe(config["args"])
     passed = take_over(run)
     launch = {"attempt": passed["attempt"], "entered": round(entered, 3)}
     with _log_of(context.get_world_rank(), run.logs, launch["attempt"]):
         print(f"variables from the driver: {', '.join(sorted(passed['variables']))}", flush=True)
-        if config["args"].get("use_cpu"):
+        if args.use_cpu:
             patches.join_cpu_group()
         node = ray.get_runtime_context().get_node_id()
-        local_rank = context.get_local_rank()
-        train_rank(run, config["args"], passed["resume"], launch, node, local_rank)
+        train_rank(run, args, passed["resume"], launch, node, context.get_local_rank())
 
 
 def train_rank(
