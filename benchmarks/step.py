@@ -50,9 +50,9 @@ def rank() -> None:
                 self.profile.export_chrome_trace(str(RESULTS / "step.trace.json"))
 
     args = yaml.safe_load(Path(sys.argv[1]).read_text("utf-8"))
-    from cpt_helpers.train.trainer import use_own_trainer
+    from cpt_helpers.train.trainer import correct_workflow
 
-    use_own_trainer()
+    correct_workflow()
     _training_function({"args": args, "callbacks": [Profiled()]})
 
 

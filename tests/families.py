@@ -1,7 +1,7 @@
-"""Tiny random models of several families, with what each is known for to go wrong.
+"""Tiny random models of several families, each with a feature that can cause errors.
 
-A bias in every linear layer, tied and untied embeddings, a vision tower, learned positions,
-experts. All share one tokenizer.
+The features are biases in every linear layer, tied and untied embeddings, a vision tower, learned
+positions and experts. All models share one tokenizer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _GEMMA = _SIZES | {
 
 
 def build(family: str, folder: Path, tokenizer: Any) -> Path:
-    """Writes a random model of a family with a tokenizer; the same every time.
+    """Writes a random model of a family with a tokenizer; repeated calls write the same.
 
     Args:
         family: One of :data:`FAMILIES`.
@@ -44,18 +44,18 @@ def build(family: str, folder: Path, tokenizer: Any) -> Path:
 
 
 def _processor(family: str, tokenizer: Any) -> Any:
-    """What goes with a model: its tokenizer, and how images become tensors where it sees them."""
+    """The tokenizer of a model, or its processor if the model takes images."""
     if not family.endswith("-vision"):
         return tokenizer
     import transformers as hf
 
-    sees = hf.PreTrainedTokenizerFast(
+    with_images = hf.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer._tokenizer,
         extra_special_tokens={"image_token": "<pad>", "boi_token": "<unk>", "eoi_token": "<unk>"},
         **tokenizer.special_tokens_map,
     )
-    shown = hf.Gemma3ImageProcessor(size={"height": 28, "width": 28})
-    return hf.Gemma3Processor(shown, sees, image_seq_length=4)
+    images = hf.Gemma3ImageProcessor(size={"height": 28, "width": 28})
+    return hf.Gemma3Processor(images, with_images, image_seq_length=4)
 
 
 def _model(family: str, tokenizer: Any) -> Any:

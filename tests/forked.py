@@ -1,9 +1,9 @@
 """Trains many tiny models in a row: the libraries are imported once, each rank is a fork.
 
 ``python -m forked JOBS``, where JOBS is a JSON file of a list of ``{"run", "storage", "workers",
-"args", "before"}``. Each rank runs :func:`cpt_helpers.worker.train_rank`, as Ray's workers do; what
-Ray does around it is tested elsewhere. ``before`` names functions of this module that each rank
-calls first. Prints a line of JSON per job: its exit codes and seconds.
+"args", "before"}``. Each rank runs :func:`cpt_helpers.train.worker.train_rank`, as Ray's workers
+do. Other tests cover Ray. ``before`` names functions of this module that each rank calls first.
+Prints a line of JSON per job: its exit codes and seconds.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-SECONDS = 120  # a job may take
+SECONDS = 120  # the limit of a job
 
 
 def main() -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
-    import cpt_helpers.callback
-    import cpt_helpers.trainer
-    import cpt_helpers.worker  # noqa: F401
     import llamafactory.train.tuner  # noqa: F401
+
+    import cpt_helpers.train.callback
+    import cpt_helpers.train.trainer
+    import cpt_helpers.train.worker  # noqa: F401
 
     for job in json.loads(Path(sys.argv[1]).read_text("utf-8")):
         since = time.monotonic()
@@ -59,6 +60,7 @@ def _rank(job: dict[str, Any], rank: int, port: int) -> None:
     import torch.distributed as dist
 
     from cpt_helpers import redirect
+    from cpt_helpers.recipes import Recipe
     from cpt_helpers.run import Run
     from cpt_helpers.train import patches, worker
 
@@ -78,17 +80,18 @@ def _rank(job: dict[str, Any], rank: int, port: int) -> None:
             for name in job.get("before", ()):
                 globals()[name]()
             patches.join_cpu_group()
-            worker.train_rank(run, job["args"], job.get("resume"), {"attempt": "forked.0"})
+            args = Recipe(job["args"])
+            worker.train_rank(run, args, job.get("resume"), {"attempt": "forked.0"})
         except BaseException:
             traceback.print_exc()
             raise
 
 
 def lazily() -> None:
-    """Has every asynchronous collective done as late as it may be.
+    """Runs every asynchronous collective as late as possible.
 
-    That is when it is waited for, or when a collective of another kind begins. Code that writes to
-    a result, or reads it, without waiting trains on garbage every time.
+    It runs when it is waited for, or when a collective of another kind begins. Code that uses a
+    result without waiting then always trains on garbage.
     """
     import torch.distributed as dist
 
@@ -120,7 +123,7 @@ def lazily() -> None:
 
 
 def lazily_without_waiting() -> None:
-    """The same, with DeepSpeed as it is: it waits for the last of several gathers only."""
+    """The same with uncorrected DeepSpeed, which waits only for the last of several gathers."""
     from cpt_helpers.train import patches
 
     lazily()
@@ -128,7 +131,7 @@ def lazily_without_waiting() -> None:
 
 
 def own_checkpoints() -> None:
-    """Puts checkpoints where Ray would, without Ray."""
+    """Writes checkpoints to the folder that Ray would use."""
     from cpt_helpers.train import callback
 
     def next_checkpoint(run: Any) -> Path:

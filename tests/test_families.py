@@ -1,6 +1,6 @@
-"""Other families, methods and ZeRO stages: right, the same every time, or an error.
+"""Other families, methods and ZeRO stages: correct and reproducible results, or an error.
 
-Every training is real; only Ray is left out, so that many fit into minutes (:mod:`forked`).
+Every training is real, but without Ray, so that many fit into minutes (:mod:`forked`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.training
 
 TESTS = Path(__file__).parent
 BLOCK, STEPS, BATCH = 64, 4, 4
-# Not zero and not the same: memory that was never written shows.
+# Fill bytes of new memory: not zero, and different, so that unwritten memory has an effect.
 HEAPS = ("165", "85", "23")
 METHODS = ("full", "freeze", "lora")
 
@@ -56,7 +56,7 @@ def job(
     workers: int = 2,
     **options: Any,
 ) -> dict[str, Any]:
-    """A training, for :mod:`forked`; ``options`` are keys of a recipe, or of the job."""
+    """A job of :mod:`forked`; ``options`` are keys of the recipe or of the job."""
     recipe = {
         "stage": "pt",
         "do_train": True,
@@ -93,7 +93,7 @@ def job(
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, list[int]]]:
-    """Trains jobs one after the other; gives each one's exit codes by its name."""
+    """Trains jobs one after the other; returns the exit codes by name."""
 
     def train(jobs: list[dict[str, Any]], heap: str = HEAPS[0]) -> dict[str, list[int]]:
         file = tmp_path_factory.mktemp("jobs") / "jobs.json"
@@ -125,7 +125,7 @@ def trained(home: Path, name: str) -> tuple[list[float], str]:
 
 
 def plain(home: Path, family: str) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """The same training as a loop in plain transformers: its losses and weights."""
+    """The same training as a plain loop with transformers: its losses and weights."""
     import transformers as hf
     from datasets import load_from_disk
 
@@ -159,7 +159,7 @@ def _counts_first(model: Any) -> bool:
 
 @pytest.fixture(scope="module")
 def plainly(home, train) -> None:
-    """Every family trained once with all weights, by two workers under ZeRO-3."""
+    """Trains every family once with all weights, two workers and ZeRO-3."""
     jobs = [job(home, f"plain-{family}", family) for family in families.FAMILIES]
     codes = train(jobs)
     assert set(map(tuple, codes.values())) == {(0, 0)}, codes
@@ -179,7 +179,7 @@ def test_a_family_trains_as_a_plain_loop_does(home, plainly, family: str) -> Non
 
 
 def repeated(home: Path, train: Any, combinations: list[tuple[str, str, int, int]]) -> None:
-    """Trains each combination three times, on heaps with other contents; all must be equal."""
+    """Trains each combination three times with other fill bytes; all results must be equal."""
     found: dict[str, set[Any]] = {}
     for heap in HEAPS:
         jobs = []
@@ -203,8 +203,8 @@ def repeated(home: Path, train: Any, combinations: list[tuple[str, str, int, int
         assert own[0] == pytest.approx(own[-1], abs=5e-4), (family, method, stage)
 
 
-def test_the_same_command_gives_the_same_run(home, train) -> None:
-    """Every family by every method, the ZeRO stages taken in turn."""
+def test_repeated_trainings_are_equal(home, train) -> None:
+    """Every family with every method; the ZeRO stages alternate."""
     combinations = []
     for number, family in enumerate(families.FAMILIES):
         for other, method in enumerate(METHODS):
@@ -224,8 +224,8 @@ def test_every_stage_and_both_numbers_of_workers(home, train, family: str) -> No
     )
 
 
-def test_nothing_is_read_before_it_was_waited_for(home, train) -> None:
-    """Collectives done only when waited for give the same losses and weights as usual ones."""
+def test_results_of_collectives_are_waited_for(home, train) -> None:
+    """Collectives that run only when they are waited for give the same losses and weights."""
     pairs = [("qwen2", "full", s) for s in (1, 2, 3)] + [
         ("gpt2", "freeze", 3),
         ("llama", "lora", 3),
@@ -242,14 +242,14 @@ def test_nothing_is_read_before_it_was_waited_for(home, train) -> None:
 
 
 def test_garbage_weights_are_refused_before_the_first_step(home, train) -> None:
-    """DeepSpeed as it is loads garbage where it does not wait; no step is taken with it."""
+    """Uncorrected DeepSpeed does not wait and loads garbage; no step is trained with it."""
     name = "garbage"
     codes = train([job(home, name, "qwen2", before=["lazily_without_waiting"])])
     assert codes == {name: [1, 1]}
-    said = log(home, name)
-    assert "WeightsError" in said and "differ from the files they were loaded from" in said
-    assert "self_attn.q_proj.weight differs in" in said
-    assert str(home / "qwen2") in said
+    output = log(home, name)
+    assert "WeightsError" in output and "differ from the files they were loaded from" in output
+    assert "self_attn.q_proj.weight differs in" in output
+    assert str(home / "qwen2") in output
     assert Run(name, home).events() == []
 
 
@@ -288,7 +288,7 @@ def test_experts_of_frozen_layers_stay_frozen(home, plainly, train) -> None:
 
 
 def test_resuming_on_two_nodes_with_another_number_of_workers(home, train) -> None:
-    """Each rank is the first on its node; it takes the slice of its global rank."""
+    """Each rank is the first on its node and loads the slice of its global rank."""
     from cpt_helpers.checkpoints import manifests, resharding
 
     steps = {"save_strategy": "steps", "save_steps": 2, "before": ["own_checkpoints"]}
@@ -309,16 +309,16 @@ def test_resuming_on_two_nodes_with_another_number_of_workers(home, train) -> No
 
 def test_checkpoints_written_after_a_conversion_can_be_resumed(home, train) -> None:
     """Each rank writes its own model states, also where it loaded a universal checkpoint."""
-    from cpt_helpers import checkpoints, resharding
+    from cpt_helpers.checkpoints import manifests, resharding
 
     steps = {"save_strategy": "steps", "save_steps": 2, "before": ["own_checkpoints"]}
     assert train([job(home, "first", "qwen2", workers=1, **steps)]) == {"first": [0]}
-    oldest = checkpoints.listing(Run("first", home))[0]
+    oldest = manifests.listing(Run("first", home))[0]
     run = Run("converted", home)
     resharding.universal(run, oldest, 2)
     handle = oldest.handle() | {"path": str(_copied(oldest.path, run))}
     assert train([job(home, "converted", "qwen2", resume=handle, **steps)]) == {"converted": [0, 0]}
-    newest = checkpoints.listing(run)[-1]
+    newest = manifests.listing(run)[-1]
     states = sorted(p.name for p in newest.model.glob("global_step*/*model_states.pt"))
     assert [name.split("_")[3] for name in states] == ["0", "1"]
     more = job(home, "converted", "qwen2", resume=newest.handle(), max_steps=6)
@@ -327,8 +327,8 @@ def test_checkpoints_written_after_a_conversion_can_be_resumed(home, train) -> N
     assert len(losses) == 4, "steps 3 to 6"
 
 
-def test_a_checkpoint_whose_shards_are_of_other_weights_is_refused(home, train) -> None:
-    """The shards are whole, and are another checkpoint's: the ranks compare what they loaded."""
+def test_shards_of_another_checkpoint_are_an_error(home, train) -> None:
+    """The shards are whole but of another checkpoint: the ranks compare their loaded weights."""
     from cpt_helpers.checkpoints import manifests
 
     steps = {"save_strategy": "steps", "save_steps": 2, "before": ["own_checkpoints"]}

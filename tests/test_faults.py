@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, starved and damaged end in the weights of one left alone."""
+"""Runs with faults have the same final weights as an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cpt_helpers import recipes
+from cpt_helpers import checkpoints, recipes
 from cpt_helpers.checkpoints import manifests
 from cpt_helpers.config import resolution
 from cpt_helpers.data import corpora
@@ -31,7 +31,7 @@ LIMIT = 400  # seconds a training may take, restarts included
 
 
 class Trained:
-    """One training in a process of its own, as a user's command is."""
+    """One training in a separate process, like a user's command."""
 
     def __init__(self, run: Run, **overrides: Any) -> None:
         self.run, self.seconds, self.output = run, 0.0, ""
@@ -64,19 +64,19 @@ class Trained:
         self.seconds = time.monotonic() - since
         return process.returncode
 
-    def stop_at(self, step: int, how: signal.Signals, **options: Any) -> None:
-        """Trains slowly, and sends the driver a signal once that step was taken."""
+    def stop_at(self, step: int, number: signal.Signals, **options: Any) -> None:
+        """Trains slowly and sends the driver a signal after a step."""
         process = self.start([{"what": "slow", "seconds": 1.5}], **options)
         deadline = time.monotonic() + LIMIT
         while not any(done == step for done, _ in self.losses):
             assert process.poll() is None, process.stdout.read()
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        process.send_signal(how)
+        process.send_signal(number)
         self.output, _ = process.communicate(timeout=60)
         start = next(e for e in reversed(self.run.events()) if e["event"] == "start")
         while any(Path(f"/proc/{rank['pid']}").exists() for rank in start["ranks"]):
-            assert time.monotonic() < deadline, "workers outlive their driver"
+            assert time.monotonic() < deadline, "workers are still running after their driver"
             time.sleep(0.1)
 
     @property
@@ -90,7 +90,7 @@ class Trained:
 
     @property
     def losses(self) -> list[tuple[int, float]]:
-        """As they stand in the file: a step done twice must not be in it twice."""
+        """Losses as written in the file: a repeated step must be in it once."""
         if not self.run.metrics.is_file():
             return []
         lines = self.run.metrics.read_text().splitlines()
@@ -126,13 +126,13 @@ def recipe(storage: Path, corpus: Path, tiny_gemma3: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def new(storage: Path, recipe: dict[str, Any]) -> Callable[..., Trained]:
-    """Makes a run of the same recipe, new or from a copy of another's folder."""
+    """Creates a run of the same recipe, or copies another run's folder."""
 
-    def make(name: str, like: Trained | None = None, root: Path = storage, **own: Any) -> Trained:
+    def make(name: str, like: Trained | None = None, root: Path = storage, **keys: Any) -> Trained:
         run = Run.open(name, root)
         if like:
             shutil.copytree(like.run.folder, run.folder)
-        args = recipe | own
+        args = recipe | keys
         args |= {"output_dir": str(run.output), "ray_run_name": name, "run_name": name}
         args |= {"ray_storage_path": str(root)}
         run.config_dir.mkdir(parents=True, exist_ok=True)
@@ -145,15 +145,15 @@ def new(storage: Path, recipe: dict[str, Any]) -> Callable[..., Trained]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(new: Callable[..., Trained]) -> Trained:
-    trained = new("undisturbed")
+def uninterrupted(new: Callable[..., Trained]) -> Trained:
+    trained = new("uninterrupted")
     assert trained.train() == 0, trained.output
     assert [step for step, _ in trained.losses] == list(range(1, 13))
     return trained
 
 
 @pytest.fixture(scope="module")
-def killed(new: Callable[..., Trained], undisturbed: Trained) -> Trained:
+def killed(new: Callable[..., Trained], uninterrupted: Trained) -> Trained:
     """A run whose driver was killed after step 7; its workers end some seconds later."""
     trained = new("driver-killed")
     trained.stop_at(7, signal.SIGKILL)
@@ -163,19 +163,19 @@ def killed(new: Callable[..., Trained], undisturbed: Trained) -> Trained:
 
 @pytest.fixture
 def seen(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
-    """What a test saw, for the table; written where CPT_FAULTS_TABLE says."""
+    """A row of the results table, written to the file in CPT_FAULTS_TABLE."""
     values: dict[str, Any] = {"fault": (request.function.__doc__ or "").strip().rstrip(".")}
     yield values
     path = os.environ.get("CPT_FAULTS_TABLE")
-    if path and "seen" in values:  # what failed has nothing to say
+    if path and "seen" in values:  # failed tests have no row
         with Path(path).open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
 
-def same(trained: Trained, undisturbed: Trained, seen: dict[str, Any], saw: str) -> None:
-    seen.update(seen=saw, weights=trained.weights[:12], seconds=round(trained.seconds))
-    assert trained.losses == undisturbed.losses
-    assert trained.weights == undisturbed.weights
+def same(trained: Trained, uninterrupted: Trained, seen: dict[str, Any], result: str) -> None:
+    seen.update(seen=result, weights=trained.weights[:12], seconds=round(trained.seconds))
+    assert trained.losses == uninterrupted.losses
+    assert trained.weights == uninterrupted.weights
 
 
 def restarts(trained: Trained) -> str:
@@ -186,72 +186,74 @@ STEP = {"what": "step", "step": 8}
 
 
 @pytest.mark.chosen
-def test_a_rank_killed_in_a_step(new, undisturbed, seen) -> None:
+def test_a_rank_killed_in_a_step(new, uninterrupted, seen) -> None:
     """1 · rank 1 killed in a step."""
     trained = new("rank-1")
     assert trained.train([STEP | {"ranks": [1]}]) == 0, trained.output
     assert trained.starts == [0, 6]
     assert (
         "rank 1 exited without an error message" in trained.output
-    )  # maybe «one of rank 0 and rank 1»
-    same(trained, undisturbed, seen, restarts(trained))
+    )  # may be "one of rank 0 and rank 1"
+    same(trained, uninterrupted, seen, restarts(trained))
 
 
-def test_rank_0_killed_in_a_step(new, undisturbed, seen) -> None:
+def test_rank_0_killed_in_a_step(new, uninterrupted, seen) -> None:
     """2 · rank 0 killed in a step."""
     trained = new("rank-0")
     assert trained.train([STEP | {"ranks": [0]}]) == 0, trained.output
     assert trained.starts == [0, 6]
-    same(trained, undisturbed, seen, restarts(trained))
+    same(trained, uninterrupted, seen, restarts(trained))
 
 
 @pytest.mark.chosen
-def test_a_rank_killed_while_its_shard_is_written(new, undisturbed, seen) -> None:
+def test_a_rank_killed_while_its_shard_is_written(new, uninterrupted, seen) -> None:
     """3 · a rank killed while DeepSpeed writes its shard."""
     trained = new("shard")
     assert trained.train([{"what": "shard", "ranks": [1], "step": 6}]) == 0, trained.output
     assert trained.starts == [0, 3]
     assert not list(trained.run.output.glob("checkpoint-*"))
-    same(trained, undisturbed, seen, restarts(trained))
+    same(trained, uninterrupted, seen, restarts(trained))
 
 
-def test_a_rank_killed_while_a_checkpoint_goes_to_the_storage(new, undisturbed, seen) -> None:
+def test_a_rank_killed_while_files_move_to_the_storage(new, uninterrupted, seen) -> None:
     """4 · a rank killed while the checkpoint goes to the storage."""
     trained = new("hand-over")
     assert trained.train([{"what": "hand-over", "ranks": [0], "step": 6}]) == 0, trained.output
     assert trained.starts == [0, 3]
     assert all(c.whole for c in manifests.listing(trained.run))
-    same(trained, undisturbed, seen, restarts(trained))
+    same(trained, uninterrupted, seen, restarts(trained))
 
 
-def test_both_workers_killed(new, undisturbed, seen) -> None:
+def test_both_workers_killed(new, uninterrupted, seen) -> None:
     """5 · both workers killed."""
     trained = new("both")
     assert trained.train([STEP | {"ranks": [0, 1]}]) == 0, trained.output
     assert trained.starts == [0, 6]
-    same(trained, undisturbed, seen, restarts(trained))
+    same(trained, uninterrupted, seen, restarts(trained))
 
 
 @pytest.mark.chosen
-def test_the_driver_killed(new, undisturbed, killed, seen) -> None:
+def test_the_driver_killed(new, uninterrupted, killed, seen) -> None:
     """6 · the driver killed, then the command again."""
     trained = new("driver-killed-again", like=killed)
     assert trained.train() == 0, trained.output
     step = killed.saved[-1]
-    assert f"was interrupted: it goes on from step {step}" in trained.output
+    assert f"was interrupted; it resumes from step {step}" in trained.output
     assert trained.starts == [0, step]
-    same(trained, undisturbed, seen, f"resumed from step {step}")
+    same(trained, uninterrupted, seen, f"resumed from step {step}")
 
 
-def test_the_driver_stopped_by_hand(new, undisturbed, seen) -> None:
+def test_the_driver_interrupted_by_the_user(new, uninterrupted, seen) -> None:
     """7 · the driver stopped by Ctrl-C, then the command again."""
     trained = new("stopped")
     trained.stop_at(7, signal.SIGINT)
-    assert "Interrupted: the training of 'stopped' was stopped by hand at step" in trained.output
+    assert (
+        "Interrupted: the training of 'stopped' was stopped by the user at step" in trained.output
+    )
     step = trained.saved[-1]
     assert trained.train() == 0, trained.output
     assert trained.starts == [0, step]
-    same(trained, undisturbed, seen, f"clear message, resumed from step {step}")
+    same(trained, uninterrupted, seen, f"clear message, resumed from step {step}")
 
 
 def _shard(trained: Trained) -> Path:
@@ -271,32 +273,32 @@ def _flip(trained: Trained) -> None:
     shard.write_bytes(content)
 
 
-def _forget(trained: Trained) -> None:
+def _remove_manifest(trained: Trained) -> None:
     (manifests.latest(trained.run).path / manifests.MANIFEST).unlink()
 
 
 @pytest.mark.parametrize(
-    ("number", "what", "damage", "says"),
+    ("number", "fault", "damage", "message"),
     [
         (8, "the newest checkpoint's shard truncated", _truncate, "bytes, not the"),
         pytest.param(
             9, "a flipped byte in a shard", _flip, "sha256 differs", marks=pytest.mark.chosen
         ),
-        (10, "the newest checkpoint's manifest missing", _forget, "it has no manifest"),
+        (10, "the newest checkpoint's manifest missing", _remove_manifest, "it has no manifest"),
     ],
 )
 def test_a_damaged_checkpoint(
-    new, undisturbed, killed, seen, number: int, what: str, damage: Callable, says: str
+    new, uninterrupted, killed, seen, number: int, fault: str, damage: Callable, message: str
 ) -> None:
     trained = new(f"damaged-{number}", like=killed)
     damage(trained)
     assert trained.train() == 0, trained.output
-    assert "passed over TorchTrainer_" in trained.output and says in trained.output
+    assert "skipped TorchTrainer_" in trained.output and message in trained.output
     step = killed.saved[-2]
-    assert f"it goes on from step {step}" in trained.output
+    assert f"it resumes from step {step}" in trained.output
     assert trained.starts == [0, step]
-    seen["fault"] = f"{number} · {what}"
-    same(trained, undisturbed, seen, f"skipped with its reason; resumed from step {step}")
+    seen["fault"] = f"{number} · {fault}"
+    same(trained, uninterrupted, seen, f"skipped with its reason; resumed from step {step}")
 
 
 def test_every_checkpoint_damaged(new, killed, seen) -> None:
@@ -325,7 +327,7 @@ def small_file_system(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.chosen
-def test_the_storage_full(new, undisturbed, small_file_system, seen) -> None:
+def test_the_storage_full(new, uninterrupted, small_file_system, seen) -> None:
     """12 · the storage full during a save."""
     trained = new("full", root=small_file_system)
     balloon = small_file_system / "balloon"
@@ -337,51 +339,51 @@ def test_the_storage_full(new, undisturbed, small_file_system, seen) -> None:
     assert manifests.latest(trained.run).step == 6
     assert trained.train() == 0, trained.output
     assert trained.starts == [0, 6]
-    same(trained, undisturbed, seen, "a clear error; with room again, resumed from step 6")
+    same(trained, uninterrupted, seen, "a clear error; with room again, resumed from step 6")
 
 
-def test_killed_twice(new, undisturbed, seen) -> None:
+def test_killed_twice(new, uninterrupted, seen) -> None:
     """13 · killed twice in one run."""
     trained = new("twice")
     first, second = STEP | {"ranks": [1]}, {"what": "step", "step": 11, "ranks": [0]}
     assert trained.train([first, second]) == 0, trained.output
     assert trained.starts == [0, 6, 9]
-    same(trained, undisturbed, seen, restarts(trained))
+    same(trained, uninterrupted, seen, restarts(trained))
 
 
-@pytest.mark.parametrize("kind", ["lora", "freeze"])
-def test_lora_and_freeze_killed(new, seen, kind: str) -> None:
-    own = {"finetuning_type": kind, "lora_target": "all", "freeze_trainable_layers": 1}
-    alone, killed = new(f"{kind}-alone", **own), new(f"{kind}-killed", **own)
-    assert alone.train() == 0, alone.output
+@pytest.mark.parametrize("method", ["lora", "freeze"])
+def test_lora_and_freeze_killed(new, seen, method: str) -> None:
+    keys = {"finetuning_type": method, "lora_target": "all", "freeze_trainable_layers": 1}
+    uninterrupted, killed = new(f"{method}-uninterrupted", **keys), new(f"{method}-killed", **keys)
+    assert uninterrupted.train() == 0, uninterrupted.output
     assert killed.train([STEP | {"ranks": [1]}]) == 0, killed.output
     assert killed.starts == [0, 6]
     start = killed.run.events()[0]["parameters"]
     assert 0 < start["trained"] < start["all"]
-    seen["fault"] = f"14 · {kind}, killed once"
-    same(killed, alone, seen, restarts(killed))
+    seen["fault"] = f"14 · {method}, killed once"
+    same(killed, uninterrupted, seen, restarts(killed))
 
 
 @pytest.mark.chosen
-def test_killed_after_the_last_step(new, undisturbed, seen) -> None:
+def test_killed_after_the_last_step(new, uninterrupted, seen) -> None:
     """A rank killed when the final model is to be written."""
     trained = new("final")
     assert trained.train([{"what": "final", "ranks": [0]}]) == 0, trained.output
     assert trained.starts == [0, 12]
     assert trained.run.events()[-1]["step"] == 12
-    same(trained, undisturbed, seen, restarts(trained))
+    same(trained, uninterrupted, seen, restarts(trained))
 
 
-def test_a_hung_worker_is_an_error_within_the_time_set(new, undisturbed, seen) -> None:
+def test_a_hung_worker_is_an_error_after_ddp_timeout(new, uninterrupted, seen) -> None:
     """A worker that hangs, `ddp_timeout` 20 s."""
     trained = new("hung", ddp_timeout=20)
     assert trained.train([{"what": "hang", "ranks": [1], "step": 8}]) == 0, trained.output
     assert "a worker hung" in trained.output
     assert trained.starts == [0, 6]
-    same(trained, undisturbed, seen, restarts(trained))
+    same(trained, uninterrupted, seen, restarts(trained))
 
 
-def test_other_numbers_of_workers(new, undisturbed, killed, seen) -> None:
+def test_other_numbers_of_workers(new, uninterrupted, killed, seen) -> None:
     """2 → 1 → 2 workers, the driver killed between."""
     trained = new("workers", like=killed)
     trained.stop_at(10, signal.SIGKILL, workers=1)
@@ -390,9 +392,9 @@ def test_other_numbers_of_workers(new, undisturbed, killed, seen) -> None:
     assert trained.train(workers=2) == 0, trained.output
     assert "converted from 1 to 2 workers" in trained.output
     assert trained.starts == [0, killed.saved[-1], newest.step]
-    for (step, ours), (_, theirs) in zip(trained.losses, undisturbed.losses, strict=True):
+    for (step, ours), (_, theirs) in zip(trained.losses, uninterrupted.losses, strict=True):
         assert ours == pytest.approx(theirs, abs=2e-4), step
-    worst = max(abs(a[1] - b[1]) for a, b in zip(trained.losses, undisturbed.losses, strict=True))
+    worst = max(abs(a[1] - b[1]) for a, b in zip(trained.losses, uninterrupted.losses, strict=True))
     seen.update(
         seen=f"converted; every loss within {max(worst, 5e-5):.0e} of the uninterrupted run's",
         weights="",
@@ -422,7 +424,7 @@ def test_four_ranks_and_fifty_checkpoints(new, seen) -> None:
     assert all(c.whole for c in found) and [c.step for c in found][-2:] == [49, 50]
     assert len(found) <= 3 and most <= 4
     last = found[-1]
-    assert manifests.ranks_with_shards(last) == [0, 1, 2, 3]
+    assert checkpoints.ranks_with_shards(last) == [0, 1, 2, 3]
     on_disk = sum(f.stat().st_size for f in last.path.rglob("*") if f.is_file())
     assert on_disk <= 1.02 * last.bytes
     assert not list(trained.run.output.glob("checkpoint-*"))

@@ -14,7 +14,7 @@ from cpt_helpers.errors import DataError
 from cpt_helpers.export import evaluation
 from cpt_helpers.recipes import Recipe
 from cpt_helpers.setup import models
-from cpt_helpers.train.collator import BlockCollator
+from cpt_helpers.train.patches import BlockCollator
 
 FAMILIES = ("llama3", "llama2", "gemma")
 BLOCK = 64

@@ -1,4 +1,4 @@
-"""Credentials of a tracking store: in no output, file or message; with MLflow's own server."""
+"""MLflow tracking; credentials appear in no output, file or message."""
 
 from __future__ import annotations
 
@@ -22,18 +22,16 @@ from cpt_helpers.train import tracking
 
 CANARY = "canary-inside-a-uri"
 ARGS = Recipe(
-    {
-        "report_to": "mlflow",
-        "model_name_or_path": "/models/base",
-        "dataset": "handbook",
-        "eval_dataset": "handbook_heldout",
-    }
+    report_to="mlflow",
+    model_name_or_path="/models/base",
+    dataset="handbook",
+    eval_dataset="handbook_heldout",
 )
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """A finished run, as its workers leave it."""
+    """The files of a finished run."""
     run = Run("tracked", tmp_path)
     events = [
         {"event": "start", "step": 0, "max_steps": 2, "tokens_per_step": 8},
@@ -69,14 +67,14 @@ def run(tmp_path: Path) -> Run:
         ("s3://bucket/a@b.jsonl, me@example.com", "s3://bucket/a@b.jsonl, me@example.com"),
     ],
 )
-def test_credentials_are_hidden_and_the_rest_is_not(text: str, expected: str | None) -> None:
+def test_credentials_are_hidden_and_other_text_is_not(text: str, expected: str | None) -> None:
     hidden = redact(text)
     assert "canary" not in hidden and "c%40nary" not in hidden
     assert hidden == expected or (expected is None and "***" in hidden)
-    assert redact(hidden) == hidden, "once is enough"
+    assert redact(hidden) == hidden, "redacting twice changes nothing"
 
 
-def test_every_error_of_ours_hides_them() -> None:
+def test_error_messages_hide_credentials() -> None:
     uri = f"https://someone:{CANARY}@host"
     error = CptError(f"no answer from {uri}", where=uri, expected=uri, do=f"ask {uri}")
     parts = (str(error), error.what, error.where, error.expected, error.do)
@@ -84,7 +82,7 @@ def test_every_error_of_ours_hides_them() -> None:
     assert all("https://***@host" in part for part in parts)
 
 
-def test_a_parameter_with_credentials_is_refused() -> None:
+def test_a_parameter_with_credentials_is_an_error() -> None:
     with pytest.raises(ParameterError, match="CORPUS holds a token") as refused:
         defining_parameters({"CORPUS": f"https://someone:{CANARY}@host/corpus.jsonl"})
     assert CANARY not in str(refused.value)
@@ -105,15 +103,15 @@ def test_a_parameter_with_credentials_is_refused() -> None:
         "htp://someone:{}@host",
     ],
 )
-def test_a_store_that_does_not_answer(
+def test_a_store_that_does_not_answer_is_an_error(
     run: Run, uri: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     uri = uri.format(CANARY, port=free_port())
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     calls = [
-        lambda: tracking.prepare(run, ARGS),
-        lambda: tracking.recorded(run, ARGS),
+        lambda: tracking.prepare_tracking(run, ARGS),
+        lambda: tracking.tracked_run(run, ARGS),
         lambda: tracking.add_export(run, ARGS, {"path": str(run.export)}),
         lambda: model_registry.registered(uri, "tiny"),
     ]
@@ -135,33 +133,36 @@ def test_a_store_that_does_not_answer(
         "mysql+pymysql://someone:first-second@host:port/mlflow",
     ],
 )
-def test_a_password_that_is_not_encoded_is_refused_unseen(
+def test_a_password_that_is_not_encoded_is_not_shown(
     run: Run, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    for call in (lambda: tracking.prepare(run, ARGS), lambda: tracking_store.ask(run, ARGS, 1)):
+    for call in (
+        lambda: tracking.prepare_tracking(run, ARGS),
+        lambda: tracking_store.ask(run, ARGS, 1),
+    ):
         with pytest.raises(TrackingError, match="not a valid URI") as refused:
             call()
         assert not any(part in str(refused.value) for part in ("someone", "first", "second"))
 
 
-def test_a_server_named_with_a_password(
+def test_a_server_uri_with_a_password(
     run: Run, mlflow_server: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
-    """The whole way of a run through a real server, by a URI with a user and a password."""
+    """Tracks and registers a run on a real server; the URI has a user and a password."""
     import mlflow
 
     uri = mlflow_server.replace("://", f"://someone:{CANARY}@")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     assert "127.0.0.1" in (answer := tracking_store.ask(run, ARGS, 8.0))
-    shown = tracking.prepare(run, ARGS)
+    shown = tracking.prepare_tracking(run, ARGS)
     assert shown == mlflow_server.replace("://", "://***@")
     tracking.catch_up(run, ARGS)
     exported = {"path": str(run.export), "perplexity": {"domain": 12.5}}
     tracking.add_export(run, ARGS, exported)
     assert model_registry.register(run, ARGS, exported) == 1
-    found = tracking.recorded(run, ARGS)
-    assert found["status"] == "FINISHED" and found["metrics"]["loss"] == 3.1
+    found = tracking.tracked_run(run, ARGS)
+    assert found.status == "FINISHED" and found.metrics["loss"] == 3.1
 
     train = {"tokens": 16, "steps": 2, "tokens_per_second": 16.0, "seconds": 1.0}
     timed = {"04_train": {"seconds": 1.0}}
@@ -172,17 +173,17 @@ def test_a_server_named_with_a_password(
     kept = [path for path in run.storage.rglob("*") if path.is_file()]
     assert kept and not [path for path in kept if CANARY.encode() in path.read_bytes()]
 
-    run.record("04_train", old)  # as a release that did not hide it
+    run.record("04_train", old)  # as written by an older release, which did not hide it
     table += pipeline.summary_table(run)
     printed = capfd.readouterr()
     assert CANARY not in answer + table + printed.out + printed.err
     client = mlflow.MlflowClient(mlflow_server)
-    entry = client.get_run(found["id"]).to_dictionary()
+    entry = client.get_run(found.id).to_dictionary()
     assert entry["data"]["tags"]["cpt.export"] == str(run.export)
     assert CANARY not in json.dumps(entry)
 
 
-def test_a_server_that_stops_in_the_middle_of_a_training(
+def test_a_server_that_stops_during_a_training(
     run: Run, mlflow_server: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     """The terminal quotes MLflow's own message, which holds the URI."""
@@ -197,11 +198,9 @@ def test_a_server_that_stops_in_the_middle_of_a_training(
     assert CANARY not in printed.out + printed.err
 
 
-def test_a_run_of_another_storage_gets_its_own_store(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """MLflow sets MLFLOW_TRACKING_URI itself; that is no choice of the user's."""
+def test_each_storage_has_its_own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow sets MLFLOW_TRACKING_URI itself; that is not the user's choice."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     for name in ("one", "other"):
         run = Run("tracked", tmp_path / name)
-        assert tracking.prepare(run, ARGS) == f"sqlite:///{run.mlflow_db}"
+        assert tracking.prepare_tracking(run, ARGS) == f"sqlite:///{run.mlflow_db}"

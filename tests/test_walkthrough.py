@@ -17,7 +17,7 @@ import pytest
 import yaml
 from nodes import Node, can_hide, cluster
 
-from cpt_helpers import pipeline, recipes
+from cpt_helpers import checkpoints, pipeline, recipes
 from cpt_helpers.checkpoints import manifests
 from cpt_helpers.data import corpora
 from cpt_helpers.errors import RunExistsError, TrainingError
@@ -110,7 +110,7 @@ def test_mfu_is_tokens_times_flops_by_the_peak(walked: Run, results: dict) -> No
 
 
 def test_the_logs_show_two_ranks_under_zero_3(walked: Run) -> None:
-    said = "\n".join(launch.evidence(walked))
+    said = launch.evidence(walked).to_string()
     assert "rank-0" in said and "rank-1" in said and "world size: 2" in said
     assert "ZeRO stage 3" in (walked.logs / "rank-0.log").read_text()
 
@@ -119,8 +119,8 @@ def test_each_rank_has_its_shard_and_each_checkpoint_is_there_once(walked: Run) 
     found = manifests.listing(walked)
     assert [c.step for c in found] == [5, 10, STEPS_TAKEN]
     for checkpoint in found:
-        assert manifests.ranks_with_shards(checkpoint) == [0, 1]
-        names = {row["file"] for row in checkpoint.files()}
+        assert checkpoints.ranks_with_shards(checkpoint) == [0, 1]
+        names = set(checkpoints.files(checkpoint)["file"])
         assert {
             "model.safetensors",
             "tokenizer.json",
@@ -257,9 +257,9 @@ def test_every_checkpoint_can_be_the_best(walked: Run) -> None:
 def test_the_small_runs_are_equal_and_a_failed_demonstration_is_a_warning(
     walked: Run, results: dict, tmp_path: Path
 ) -> None:
-    assert results["survival"]["same_losses"] and results["survival"]["same_weights"]
+    assert results["fault_demo"]["same_losses"] and results["fault_demo"]["same_weights"]
     assert results["notebooks"]["05_checkpoints"]["warnings"] == []
-    weights = walked.folder / "survival" / "killed" / "output" / "model.safetensors"
+    weights = walked.folder / "fault_demo" / "killed" / "output" / "model.safetensors"
     records = walked.step_json("05_checkpoints"), walked.results_json
     kept = [path.read_text() for path in records]
     aside = weights.rename(tmp_path / "weights")
@@ -270,7 +270,7 @@ def test_the_small_runs_are_equal_and_a_failed_demonstration_is_a_warning(
             progress_bar=False, kernel_name="python3",
         )  # fmt: skip
         again = walked.read_step("05_checkpoints")
-        assert "model.safetensors" in again["survival"]["failed"]
+        assert "model.safetensors" in again["fault_demo"]["failed"]
         (warning,) = again["notebooks"]["05_checkpoints"]["warnings"]
         assert f"⚠ not shown: {warning}" in said_in(tmp_path / "05.ipynb", "stdout")
         assert f"not shown: {warning}" in pipeline.summary_table(walked)

@@ -1,4 +1,4 @@
-"""A checkpoint for another number of workers than wrote it, by DeepSpeed's universal form."""
+"""Converts a checkpoint for another number of workers, with DeepSpeed's universal format."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .manifests import Checkpoint
 
 
 def universal(run: Run, checkpoint: Checkpoint, world_size: int) -> Path:
-    """A checkpoint in DeepSpeed's universal form, for another number of ranks than wrote it.
+    """Converts a checkpoint to DeepSpeed's universal format, for another number of ranks.
 
-    DeepSpeed 0.16.9 converts ZeRO-3 shards whose optimizer is one flat group per rank.
+    DeepSpeed 0.16.9 converts ZeRO-3 shards whose optimizer has one flat group per rank.
 
     Args:
-        run: Whose; the result lies in ``<run>/universal/``.
+        run: The run; the result is in ``<run>/universal/``.
         checkpoint: A whole ZeRO-3 checkpoint.
-        world_size: Ranks that will load it.
+        world_size: Number of ranks that will load it.
 
     Returns:
         A folder to resume from, with ``"checkpoint": {"load_universal": true}``.
@@ -36,9 +36,9 @@ def universal(run: Run, checkpoint: Checkpoint, world_size: int) -> Path:
     if (folder / "latest_universal").is_file():
         return folder
     shutil.rmtree(folder.parent, ignore_errors=True)
-    states = sum(path.stat().st_size for path in shards.glob("*_optim_states.pt"))
+    size = sum(path.stat().st_size for path in shards.glob("*_optim_states.pt"))
     # The converter writes every slice, then the merged states next to them.
-    require_room(run.storage, 2 * states / 2**30, "room to convert the checkpoint's shards")
+    require_room(run.storage, 2 * size / 2**30, "room to convert the checkpoint's shards")
     part = folder.with_name(f".{folder.name}")
     part.mkdir(parents=True)
     converted = part / f"{shards.name}_universal"
@@ -52,9 +52,9 @@ def universal(run: Run, checkpoint: Checkpoint, world_size: int) -> Path:
             where=shards,
             do=f"resume with ray_num_workers: {checkpoint.world_size}",
         )
-    states = "zero_pp_rank_{}_mp_rank_00_model_states.pt"
-    for rank in range(checkpoint.world_size, world_size):  # counters and schedule, alike in all
-        shutil.copyfile(converted / states.format(0), converted / states.format(rank))
+    name = "zero_pp_rank_{}_mp_rank_00_model_states.pt"
+    for rank in range(checkpoint.world_size, world_size):  # counters and schedule, equal in all
+        shutil.copyfile(converted / name.format(0), converted / name.format(rank))
     for file in checkpoint.model.iterdir():
         if file.is_file() and not file.name.startswith("rng_state"):
             shutil.copyfile(file, part / file.name)
@@ -63,7 +63,7 @@ def universal(run: Run, checkpoint: Checkpoint, world_size: int) -> Path:
 
 
 def universal_folder(run: Run, step: int, world_size: int) -> Path:
-    """Where a checkpoint lies that was converted for another number of ranks."""
+    """The folder of a checkpoint that was converted for another number of ranks."""
     return run.folder / "universal" / f"step-{step}-for-{world_size}"
 
 
@@ -82,20 +82,20 @@ def _require_convertible(checkpoint: Checkpoint, shards: Path, world_size: int) 
     reason = ""
     optimizers = sorted(shards.glob("*_optim_states.pt"))
     if (checkpoint.model / "adapter_config.json").is_file():
-        reason = "it is a LoRA's, and DeepSpeed converts whole models only"
+        reason = "it is a LoRA adapter's, and DeepSpeed converts whole models only"
     else:
         state = torch.load(optimizers[0], map_location="cpu", mmap=True, weights_only=False)
         state = state["optimizer_state_dict"]
         stage, groups = state.get("zero_stage"), state.get("fp32_flat_groups", ())
         if stage != 3:
-            reason = f"it is of ZeRO stage {stage}, and only stage 3 was tried"
+            reason = f"it has ZeRO stage {stage}, and only stage 3 was tested"
         elif len(groups) != 1:
-            reason = f"its optimizer has {len(groups)} groups, and DeepSpeed converts the first"
+            reason = f"its optimizer has {len(groups)} groups, and DeepSpeed converts only one"
     if reason:
         raise CheckpointError(
             f"the checkpoint of step {checkpoint.step} was written by {checkpoint.world_size} "
-            f"workers and cannot be taken up by {world_size}: {reason}",
+            f"workers and cannot be resumed by {world_size}: {reason}",
             where=checkpoint.path,
-            do=f"resume with ray_num_workers: {checkpoint.world_size}, or begin a new run from "
+            do=f"resume with ray_num_workers: {checkpoint.world_size}, or start a new run from "
             f"its weights: OVERRIDES = {{'model_name_or_path': '{checkpoint.model}'}}",
         )

@@ -1,7 +1,7 @@
-"""What a worker does at each event of a training: records it, and hands checkpoints to Ray.
+"""Callback of the trainer in each worker: records events and hands checkpoints to Ray.
 
 Only workers import this module: it loads torch and transformers. Rank 0 writes the events to
-``metrics.jsonl`` on the storage; the driver, the notebooks and the figures read them there.
+``metrics.jsonl`` on the storage; the driver, the notebooks and the figures read them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,10 @@ class RunCallback(TrainerCallback):
     """Records events, evaluates after the last step, and hands over every rank's checkpoint files.
 
     Args:
-        run: Whose training this is.
+        run: The run that is trained.
         recipe: Its resolved recipe.
         resumed: The checkpoint that the training resumes from, as ``Checkpoint.handle()`` gives it.
-        launch: What the ``start`` event records of this launch: the attempt, times, memory.
+        launch: Recorded in the ``start`` event: the attempt, times, memory.
         node: Ray's id of this worker's node.
     """
 
@@ -49,15 +50,14 @@ class RunCallback(TrainerCallback):
         self.run, self.recipe, self.resumed, self.launch = run, recipe, resumed, launch
         self.node, self.rank = node, dist.get_rank()
         self.tokens_per_step = recipe.global_batch * recipe.block_size
-        self.held_out = recipe.held_out.get("domain")
         self.on_gpu = not recipe.use_cpu
         self.logged = (0, 0.0)  # step and time of the last step event
         self.measured: tuple[int, dict[str, float]] = (-1, {})  # held-out losses, and their step
-        self.last = 0.0  # when the trainer last called: what follows began then
+        self.last_call = 0.0  # the trainer's next task began at this time
         self.base = ""  # of an adapter: the sha256 of the weights it is trained on
         self.flops_per_token = 0.0
         self.peak_flops: float | None = None  # of all workers' devices
-        self.peaks: list[int] = []  # memory of each rank after the last step
+        self.peak_memory: list[int] = []  # of each rank after the last step
 
     def write(self, event: str, step: int, **values: Any) -> None:
         """Appends an event to the run's ``metrics.jsonl``; only rank 0 does."""
@@ -75,20 +75,19 @@ class RunCallback(TrainerCallback):
         Raises:
             DivergedError: Always.
         """
-        self._append("diverged", step, rank=self.rank, reason=reason, **self._attempt())
+        attempt = self.launch.get("attempt", "")
+        self._append("diverged", step, rank=self.rank, reason=reason, attempt=attempt)
         raise DivergedError(f"the training diverged at step {step} on rank {self.rank}: {reason}")
 
-    def _attempt(self) -> dict[str, str]:
-        return {"attempt": self.launch.get("attempt", "")}
-
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        # A checkpoint's state would override these settings of the recipe.
+        # A checkpoint's state would override the recipe's logging, saving and evaluation steps.
         state.compute_steps(args, state.max_steps)
         verified = weights.verify(model, self.recipe, self.resumed)
         precision = "bfloat16" if self.recipe.get("bf16") else "float32"
         device, peak = flops.peak_flops(self.on_gpu, precision)
-        own = {"node": self.node, "pid": os.getpid(), "device": device, "peak_flops": peak}
-        ranks = all_ranks(own)
+        ranks = all_ranks(
+            {"node": self.node, "pid": os.getpid(), "device": device, "peak_flops": peak}
+        )
         every, trained = flops.text_parameters(model)
         self.flops_per_token = flops.flops_per_token(
             model.config, every, trained, self.recipe.block_size
@@ -110,21 +109,20 @@ class RunCallback(TrainerCallback):
             flops_per_token=self.flops_per_token,
             eval_on_start=bool(args.eval_on_start),
             eval_strategy=str(args.eval_strategy.value),
-            weights=verified.as_dict(),
+            weights=asdict(verified),
             **self.launch,
         )
         base = Path(self.recipe["model_name_or_path"])
         if self.rank == 0 and self.recipe.method == "lora" and base.is_dir():
             self.base = models.weights_sha256(base)
-        self.logged = (state.global_step, time.time())
-        self.last = time.time()
+        self._step_recorded(state.global_step)
 
     def on_step_begin(self, args, state, control, **kwargs):
         if not self.logged[1]:
             self.logged = (state.global_step, time.time())
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.last = time.time()
+        self.last_call = time.time()
         if state.global_step >= state.max_steps and args.eval_strategy == "steps":
             control.should_evaluate = True  # also where max_steps is no multiple of eval_steps
         return control
@@ -135,6 +133,7 @@ class RunCallback(TrainerCallback):
         step, since = self.logged
         seconds = (time.time() - since) / max(state.global_step - step, 1)
         speed = self.tokens_per_step / seconds
+        mfu = speed * self.flops_per_token / self.peak_flops if self.peak_flops else None
         self.write(
             "step",
             state.global_step,
@@ -143,27 +142,24 @@ class RunCallback(TrainerCallback):
             grad_norm=logs.get("grad_norm"),
             seconds=round(seconds, 3),
             tokens_per_second=round(speed, 1),
-            mfu=round(speed * self.flops_per_token / self.peak_flops, 4)
-            if self.peak_flops
-            else None,
+            mfu=mfu and round(mfu, 4),
             memory=flops.peak_memory(self.on_gpu),
         )
-        self.logged = (state.global_step, time.time())
-        self.last = time.time()
+        self._step_recorded(state.global_step)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         step = state.global_step
-        losses = self.measured[1] if self.measured[0] == step else {}
+        losses = self._losses_at(step)
         for key, value in metrics.items():
             if key.startswith("eval_") and key.endswith("_loss"):
                 name = key.removeprefix("eval_").removesuffix("_loss")
                 if value == 0 or not math.isfinite(value):
                     self.diverged(step, f"the held-out loss on {name} is {value:g}")
-                seconds = round(time.time() - self.last, 3)
+                seconds = round(time.time() - self.last_call, 3)
                 losses[name] = value
                 self.write("eval", step, dataset=name, loss=value, seconds=seconds)
         self.measured = (step, losses)
-        self.last = time.time()
+        self.last_call = time.time()
         self.logged = (step, 0.0)
 
     def on_save(self, args, state, control, **kwargs):
@@ -174,8 +170,8 @@ class RunCallback(TrainerCallback):
             self._note_base(written)
         dist.barrier()  # every rank has written its files, and the target is free
         moved = all_ranks(manifests.move_own(written, target / "checkpoint", self.rank))
-        files = {name: file for own in moved for name, file in own.items()}
-        losses = self.measured[1] if self.measured[0] == state.global_step else {}
+        files = {name: file for of_rank in moved for name, file in of_rank.items()}
+        losses = self._losses_at(state.global_step)
         _register(state.global_step, losses)
         dist.barrier()  # every rank has reported it to Ray
         shutil.rmtree(written, ignore_errors=True)  # empty folders, on each node's disk
@@ -183,40 +179,46 @@ class RunCallback(TrainerCallback):
             size = manifests.write_manifest(
                 target, state.global_step, args.world_size, files, losses
             )
-            seconds = round(time.time() - self.last, 3)  # includes the trainer's writing
+            seconds = round(time.time() - self.last_call, 3)  # includes the trainer's writing
             self.write("save", state.global_step, bytes=size, seconds=seconds, path=str(target))
-            keep = self.recipe.get("save_total_limit")
-            manifests.prune(self.run, keep, self.held_out, newest=target)
+            keep, held_out = self.recipe.get("save_total_limit"), self.recipe.held_out
+            manifests.prune(self.run, keep, held_out.get("domain"), newest=target)
         self.logged = (state.global_step, 0.0)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.steps = state.global_step
-        ranks = all_ranks({"memory": flops.peak_memory(self.on_gpu)})
-        self.peaks = [rank["memory"] for rank in ranks]
-        before = self.resumed and self.resumed["step"] >= state.max_steps
-        if self.measured[1] or before:  # LLaMA-Factory would measure once more
+        self.peak_memory = all_ranks(flops.peak_memory(self.on_gpu))
+        was_complete = self.resumed and self.resumed["step"] >= state.max_steps
+        if self.measured[1] or was_complete:  # LLaMA-Factory would measure once more
             args.do_eval = False
 
     def end(self) -> None:
         """Records the end of the training; the final model is written."""
         self._note_base(self.run.output)
-        peaks = [flops.peak_memory(self.on_gpu), *self.peaks[1:]]
-        self.write("end", self.steps, memory=peaks)
+        memory = [flops.peak_memory(self.on_gpu), *self.peak_memory[1:]]
+        self.write("end", self.steps, memory=memory)
+
+    def _step_recorded(self, step: int) -> None:
+        self.logged = (step, time.time())
+        self.last_call = time.time()
+
+    def _losses_at(self, step: int) -> dict[str, float]:
+        return self.measured[1] if self.measured[0] == step else {}
 
     def _note_base(self, folder: Path) -> None:
         if self.base:
             models.note_base(folder, self.recipe["model_name_or_path"], self.base)
 
 
-def all_ranks(own: dict[str, Any]) -> list[dict[str, Any]]:
+def all_ranks(value: Any) -> list[Any]:
     """Gathers a value of every rank, in the order of the ranks; waits for all of them."""
-    everyone: list[Any] = [own] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
-    return everyone
+    values: list[Any] = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _next_checkpoint(run: Run) -> Path:
-    """Where Ray will look for the checkpoint that is reported next."""
+    """The folder that Ray assigns to the next reported checkpoint."""
     import ray.train
 
     storage = ray.train.get_context().get_storage()
@@ -225,7 +227,7 @@ def _next_checkpoint(run: Run) -> Path:
 
 
 def _register(step: int, losses: dict[str, float]) -> None:
-    """Reports a checkpoint whose files are in place to Ray, which has nothing left to copy."""
+    """Reports a checkpoint to Ray. Its files are in place, so Ray gets an empty folder to copy."""
     import ray.train
 
     measured = {"step": step, **{f"loss_{name}": loss for name, loss in losses.items()}}
@@ -239,6 +241,6 @@ def _zero_stage(args: Any) -> int | None:
 
 
 def _parameters(model: Any) -> dict[str, int]:
-    """Parameters in all and trained; under ZeRO-3 a rank holds shards, and DeepSpeed the sizes."""
+    """Numbers of parameters; under ZeRO-3 a rank holds shards, and DeepSpeed knows the sizes."""
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
     return {"all": sum(n for n, _ in sizes), "trained": sum(n for n, grad in sizes if grad)}

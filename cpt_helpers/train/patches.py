@@ -1,7 +1,7 @@
 """Corrections of the pinned libraries, applied in each worker before it trains.
 
-Each function says what is wrong, in which releases, and where it is fixed upstream. LLaMA-Factory's
-trainer is corrected in :mod:`trainer`, which loads it.
+Each docstring names the error and the releases that have it. Only :mod:`.trainer`, which corrects
+LLaMA-Factory's trainer, loads torch when it is imported.
 """
 
 from __future__ import annotations
@@ -9,8 +9,11 @@ from __future__ import annotations
 import inspect
 import os
 import re
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
+
+from ..errors import DataError
 
 
 def join_cpu_group() -> None:
@@ -26,17 +29,8 @@ def join_cpu_group() -> None:
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
 
 
-def correct_llamafactory() -> None:
-    """Applies every correction of LLaMA-Factory that is not one of its trainer."""
-    freeze_whole_layers()
-
-
 def correct_deepspeed(ddp_timeout: int) -> None:
-    """Applies every correction of DeepSpeed that the installed release needs.
-
-    Args:
-        ddp_timeout: Seconds that a collective may take.
-    """
+    """Applies every correction of DeepSpeed; ``ddp_timeout`` is a collective's limit in seconds."""
     limit_waiting(ddp_timeout)
     wait_for_every_gather()
     load_by_global_rank()
@@ -56,11 +50,11 @@ def limit_waiting(seconds: int) -> None:
 
 
 def wait_for_every_gather() -> None:
-    """Makes ZeRO-3 wait for every parameter that it gathers, and not for the last one only.
+    """Makes ZeRO-3 wait for every parameter that it gathers, not only for the last one.
 
     DeepSpeed starts one asynchronous gather per parameter. With gloo an earlier gather can finish
     after transformers has written the loaded weights, and overwrites them. Releases before the fix
-    of September 2026 need this (https://github.com/deepspeedai/DeepSpeed/pull/8539).
+    of September 2026 need it (https://github.com/deepspeedai/DeepSpeed/pull/8539).
     """
     from deepspeed.runtime.zero.partition_parameters import Init
 
@@ -78,8 +72,8 @@ def wait_for_every_gather() -> None:
 def load_by_global_rank() -> None:
     """Makes ZeRO-3 load a universal checkpoint's slice by the global rank.
 
-    DeepSpeed 0.16.9 takes the rank on the node. On several nodes each node would load the slices of
-    the first one (https://github.com/deepspeedai/DeepSpeed/pull/7601).
+    DeepSpeed 0.16.9 uses the rank on the node: every node would load the first node's slices
+    (https://github.com/deepspeedai/DeepSpeed/pull/7601).
     """
     from deepspeed.runtime.zero import stage3
 
@@ -122,3 +116,42 @@ def freeze_whole_layers() -> None:
                 parameter.requires_grad_(False)
 
     adapter._setup_freeze_tuning = whole_layers
+
+
+class BlockCollator:
+    """Makes a batch of whole blocks. The model learns every token, separators included.
+
+    LLaMA-Factory 0.9.3 uses transformers' ``DataCollatorForLanguageModeling``, which leaves padding
+    tokens out of the loss. Where a tokenizer has no padding token, LLaMA-Factory pads with EOS, and
+    the model never learns how a document ends. Packed blocks are never padded, so their labels are
+    their token ids.
+
+    Args:
+        _: LLaMA-Factory's arguments for transformers' class (``tokenizer``, ``mlm``); not used.
+    """
+
+    def __init__(self, **_: Any) -> None: ...
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The tensors ``input_ids``, ``attention_mask`` and ``labels``, each ``(blocks, tokens)``.
+
+        Args:
+            features: Blocks: ``input_ids`` of one length, and ``attention_mask``.
+
+        Raises:
+            DataError: The blocks differ in length, or are padded.
+        """
+        import torch
+
+        lengths = sorted({len(block["input_ids"]) for block in features})
+        padded = any(0 in block.get("attention_mask", ()) for block in features)
+        if len(lengths) > 1 or padded:
+            raise DataError(
+                f"the blocks of a batch {'are padded' if padded else 'differ in length'}",
+                where=f"blocks of {', '.join(map(str, lengths))} tokens",
+                expected="whole blocks of cutoff_len tokens, without padding",
+                do="train on the blocks that step 2 makes: remove tokenized_path and "
+                "'packing: false' from the recipe",
+            )
+        ids = torch.tensor([block["input_ids"] for block in features])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}

@@ -12,7 +12,7 @@ from llamafactory.train.pt import workflow
 from llamafactory.train.pt.trainer import CustomTrainer
 
 from .callback import RunCallback
-from .collator import BlockCollator
+from .patches import BlockCollator
 
 LARGEST_NORM = 1e6  # of the gradient; healthy runs stay below 100
 
@@ -21,18 +21,18 @@ class CptTrainer(CustomTrainer):
     """Corrects LLaMA-Factory 0.9.3 and transformers 4.52.4 in six places.
 
     - Parameter groups with the same settings become one, and empty groups are dropped. DeepSpeed
-      0.16.9 drops empty ones by itself; under LoRA torch 2.13 then fails with «zip() argument 2 is
-      longer than argument 1». DeepSpeed's universal checkpoints need a single group.
+      0.16.9 drops empty ones by itself; under LoRA torch 2.13 then fails with "zip() argument 2 is
+      longer than argument 1". DeepSpeed's universal checkpoints need a single group.
     - Resumed from the last step's checkpoint, transformers would train one more step.
     - Resumed with another micro-batch, transformers would take the checkpoint's: the global batch
       would change.
     - LLaMA-Factory saves a multimodal model's processor after all callbacks; ours comes last.
     - A loss that is not finite, or exactly 0, stops the training. transformers would log the mean
       of the losses before.
-    - A gradient norm that is not finite, or beyond :data:`LARGEST_NORM`, stops the training.
+    - A gradient norm that is not finite, or above :data:`LARGEST_NORM`, stops the training.
     """
 
-    def _callback(self) -> Any:
+    def _run_callback(self) -> Any:
         callbacks = self.callback_handler.callbacks
         return next((c for c in callbacks if isinstance(c, RunCallback)), None)
 
@@ -51,8 +51,8 @@ class CptTrainer(CustomTrainer):
         return super()._inner_training_loop(self.args.train_batch_size, *args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        own = self._callback()
-        self.callback_handler.callbacks.sort(key=lambda other: other is own)
+        last = self._run_callback()
+        self.callback_handler.callbacks.sort(key=lambda other: other is last)
         return super().train(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -66,7 +66,7 @@ class CptTrainer(CustomTrainer):
         loss = super().training_step(*args, **kwargs)
         value = loss.item()
         if value == 0 or not math.isfinite(value):
-            self._callback().diverged(self.state.global_step + 1, f"the loss is {value:g}")
+            self._run_callback().diverged(self.state.global_step + 1, f"the loss is {value:g}")
         return loss
 
     def _maybe_log_save_evaluate(
@@ -77,19 +77,19 @@ class CptTrainer(CustomTrainer):
         # DeepSpeed reports -1 for a norm that is not finite. Under fp16, loss scaling skips such
         # steps.
         if not 0 <= norm <= LARGEST_NORM and not self.args.fp16:
-            found = f"{norm:g}" if norm > LARGEST_NORM else "not finite"
-            self._callback().diverged(self.state.global_step, f"the gradient norm is {found}")
+            size = f"{norm:g}" if norm > LARGEST_NORM else "not finite"
+            self._run_callback().diverged(self.state.global_step, f"the gradient norm is {size}")
         return super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
 
-def use_own_trainer() -> None:
-    """Makes LLaMA-Factory's pre-training workflow use our trainer and our collator."""
+def correct_workflow() -> None:
+    """Makes LLaMA-Factory's pre-training workflow use the corrected trainer and collator."""
     workflow.CustomTrainer = CptTrainer
     workflow.DataCollatorForLanguageModeling = BlockCollator
 
 
 def merge_groups(optimizer: Any) -> None:
-    """Makes one parameter group of those with the same settings; drops empty ones."""
+    """Merges parameter groups with the same settings, and drops empty ones."""
     merged: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
         settings = {key: value for key, value in group.items() if key != "params"}

@@ -1,4 +1,4 @@
-"""What runs in each Ray worker: its log, its process group, its callback, then LLaMA-Factory.
+"""The training in each Ray worker: its log, process group and callback, then LLaMA-Factory.
 
 Ray Train calls :func:`train_loop` in every worker with a plain dict.
 """
@@ -25,33 +25,32 @@ from ..run import Run
 from . import patches
 from .worker_env import take_over
 
-# Optional packages that the libraries import where they find them and that no step needs: the
-# driver reports to MLflow, nothing here is scored with scikit-learn, detects objects (what
-# transformers has SciPy for) or, without ``plot_loss``, draws. Seconds of every start.
+# Optional packages that the libraries import if installed, which takes seconds at every start. No
+# worker needs them: the driver reports to MLflow, transformers uses SciPy for object detection, and
+# matplotlib is needed for ``plot_loss`` only.
 _NOT_NEEDED = ("mlflow", "sklearn", "scipy", "matplotlib")
 
 
 def train_loop(config: dict[str, Any]) -> None:
-    """Trains one rank to the end, from the checkpoint that the driver chose where there is one.
+    """Trains one rank to the end, from the checkpoint that the driver chose, if any.
 
     Args:
-        config: ``args`` (the resolved recipe), ``run`` and ``storage`` (whose, where).
+        config: ``args`` (the resolved recipe), ``run`` (its name) and ``storage`` (its path).
     """
     entered = time.time()
     import ray
     import ray.train
 
     context = ray.train.get_context()
-    run = Run(config["run"], Path(config["storage"]))
-    handed = take_over(run)
-    launch = {"attempt": handed["attempt"], "entered": round(entered, 3)}
+    run, args = Run(config["run"], Path(config["storage"])), Recipe(config["args"])
+    passed = take_over(run)
+    launch = {"attempt": passed["attempt"], "entered": round(entered, 3)}
     with _log_of(context.get_world_rank(), run.logs, launch["attempt"]):
-        print(f"variables from the driver: {', '.join(sorted(handed['variables']))}", flush=True)
-        if config["args"].get("use_cpu"):
+        print(f"variables from the driver: {', '.join(sorted(passed['variables']))}", flush=True)
+        if args.use_cpu:
             patches.join_cpu_group()
         node = ray.get_runtime_context().get_node_id()
-        local_rank = context.get_local_rank()
-        train_rank(run, config["args"], handed["resume"], launch, node, local_rank)
+        train_rank(run, args, passed["resume"], launch, node, context.get_local_rank())
 
 
 def train_rank(
@@ -67,8 +66,8 @@ def train_rank(
     Args:
         run: Whose storage and records are used.
         args: The resolved recipe.
-        resumed: The checkpoint to resume from, as ``Checkpoint.handle()`` gives it.
-        launch: ``attempt``, which names this launch and restart, and ``entered``, when it began.
+        resumed: The checkpoint to resume from, as ``Checkpoint.handle()`` returns it.
+        launch: ``attempt``, the name of this launch or restart, and ``entered``, its start time.
         node: Ray's id of this worker's node.
         local_rank: This worker's number on its node.
     """
@@ -76,7 +75,7 @@ def train_rank(
 
     for name in _NOT_NEEDED[: 3 if args.get("plot_loss") else 4]:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
-    patches.correct_llamafactory()
+    patches.freeze_whole_layers()
     if args.get("deepspeed"):
         patches.correct_deepspeed(args.ddp_timeout)
     if dist.get_rank() == 0:
@@ -89,10 +88,10 @@ def train_rank(
     from llamafactory.train.tuner import _training_function
 
     from .callback import RunCallback
-    from .trainer import use_own_trainer
+    from .trainer import correct_workflow
 
-    use_own_trainer()
-    # DeepSpeed collects garbage a dozen times while it sets up; what was imported is none.
+    correct_workflow()
+    # DeepSpeed collects garbage a dozen times at its start; imported modules need no scan.
     gc.freeze()
     torch.serialization.set_crc32_options(False)  # the manifest has a sha256 of every file
     launch = launch | {
@@ -105,9 +104,9 @@ def train_rank(
 
 
 def rewind(run: Run, step: int) -> None:
-    """Takes the run's records back to a step, so that steps done again are in them once.
+    """Removes records after a step, so that repeated steps are recorded once.
 
-    ``start`` and ``diverged`` events stay: they tell how often the run was started, and failed.
+    ``start`` and ``diverged`` events stay: they count the starts and failures of the run.
     """
     for path, key in ((run.metrics, "step"), (run.output / "trainer_log.jsonl", "current_steps")):
         if not path.is_file():
@@ -118,8 +117,8 @@ def rewind(run: Run, step: int) -> None:
                 record = json.loads(line)
             except ValueError:  # cut short by the crash
                 continue
-            stays = record.get("event") in ("start", "diverged")
-            if stays or 0 < step >= record.get(key, 0):
+            is_kept = record.get("event") in ("start", "diverged")
+            if is_kept or 0 < step >= record.get(key, 0):
                 kept.append(line + "\n")
         part = path.with_name(f".{path.name}")
         part.write_text("".join(kept), "utf-8")
@@ -127,23 +126,23 @@ def rewind(run: Run, step: int) -> None:
 
 
 def _clear_output(output: Path, local_rank: int) -> None:
-    """Removes what an earlier attempt left half-written; whole checkpoints are on the storage."""
+    """Removes checkpoints that an earlier attempt did not finish; whole ones are elsewhere."""
     import torch.distributed as dist
 
     if local_rank == 0:
-        for left in output.glob("checkpoint-*"):
-            shutil.rmtree(left, ignore_errors=True)
+        for unfinished in output.glob("checkpoint-*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
     dist.barrier()
 
 
 def _resume_arguments(
     run: Run, args: Recipe, resumed: dict[str, Any] | None, world_size: int
 ) -> dict[str, Any]:
-    """The arguments by which LLaMA-Factory resumes from a checkpoint, or starts from none."""
-    # The driver reports; and a loss that is not finite must not be replaced by a mean.
+    """LLaMA-Factory's arguments to resume from a checkpoint, or to start without one."""
+    # The driver reports. A loss that is not finite must not be replaced by a mean.
     changed: dict[str, Any] = {"report_to": "none", "logging_nan_inf_filter": False}
     if not resumed:
-        # Without it LLaMA-Factory would resume from whatever it finds in its output folder.
+        # Otherwise LLaMA-Factory would resume from any checkpoint in its output folder.
         return changed | {"overwrite_output_dir": True, "resume_from_checkpoint": None}
     folder = Path(resumed["path"], "checkpoint")
     if args.get("deepspeed") and resumed["world_size"] != world_size:
@@ -159,7 +158,7 @@ def _resume_arguments(
 
 @contextmanager
 def _log_of(rank: int, folder: Path, attempt: str) -> Iterator[None]:
-    """Sends all a rank prints to ``rank-<n>.log``, a traceback at its end too; a restart adds."""
+    """Appends all output of a rank to ``rank-<n>.log``, a final traceback included."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"rank-{rank}.log"
     now = time.strftime("%Y-%m-%d %H:%M:%S")

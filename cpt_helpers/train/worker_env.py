@@ -1,4 +1,4 @@
-"""Environment variables of the workers: from the driver through Ray's memory, into no file."""
+"""The workers' environment variables. The driver passes them through Ray's memory, not a file."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ VARIABLES = b"cpt_helpers"  # namespace in the key-value store of Ray's head, wh
 
 
 def worker_environment(args: Recipe) -> dict[str, str]:
-    """Variables of the workers: the recipe's, and the access to hub and buckets of this process.
+    """The recipe's variables, and this process's ``HF_*`` and ``AWS_*`` (hub and buckets).
 
-    The driver reports to MLflow. No worker does, so MLflow's variables stay with the driver.
+    Only the driver reports to MLflow, so MLflow's variables stay with the driver.
     """
-    own = {name: value for name, value in os.environ.items() if name.startswith(("HF_", "AWS_"))}
-    variables = args.variables | own
     from huggingface_hub import get_token
 
-    if token := get_token():  # that of `huggingface-cli login` is in a file of this machine
+    access = {name: value for name, value in os.environ.items() if name.startswith(("HF_", "AWS_"))}
+    variables = args.variables | access
+    if token := get_token():  # `huggingface-cli login` keeps it in a file of this machine
         variables.setdefault("HF_TOKEN", token)
     return {
         name: value for name, value in variables.items() if not name.startswith(MLFLOW_PREFIXES)
@@ -35,13 +35,13 @@ def worker_environment(args: Recipe) -> dict[str, str]:
 
 @contextmanager
 def handed_to_workers(run: Run, args: Recipe) -> Iterator[Callable[..., None]]:
-    """Hands values to the workers through the memory of Ray's head while the block runs.
+    """Passes values to the workers through the memory of Ray's head while the block runs.
 
-    As part of the training's configuration they would be written to ``params.json`` and
-    ``params.pkl`` next to the checkpoints, as a runtime environment into Ray's logs.
+    Ray would write the training's configuration to ``params.json`` and ``params.pkl`` next to the
+    checkpoints, and a runtime environment to its logs.
 
     Yields:
-        A function that hands over ``attempt`` (the name of a launch or restart) and ``resume`` (the
+        A function that passes ``attempt`` (the name of a launch or restart) and ``resume`` (the
         checkpoint to resume from, or ``None``), together with the workers' variables.
     """
     from ray.experimental import internal_kv
@@ -49,11 +49,9 @@ def handed_to_workers(run: Run, args: Recipe) -> Iterator[Callable[..., None]]:
     key = str(run.folder).encode()
 
     def hand_over(attempt: str, resume: dict[str, Any] | None) -> None:
-        variables = worker_environment(args)
-        values = {"variables": variables, "attempt": attempt, "resume": resume}
-        internal_kv._internal_kv_put(
-            key, json.dumps(values).encode(), overwrite=True, namespace=VARIABLES
-        )
+        values = {"variables": worker_environment(args), "attempt": attempt, "resume": resume}
+        content = json.dumps(values).encode()
+        internal_kv._internal_kv_put(key, content, overwrite=True, namespace=VARIABLES)
 
     try:
         yield hand_over
@@ -62,19 +60,19 @@ def handed_to_workers(run: Run, args: Recipe) -> Iterator[Callable[..., None]]:
 
 
 def take_over(run: Run) -> dict[str, Any]:
-    """In a worker: the ``variables``, ``attempt`` and ``resume`` that the driver handed over.
+    """In a worker: the driver's ``variables``, ``attempt`` and ``resume``.
 
     Raises:
-        TrackingError: There are none, because the driver has ended.
+        TrackingError: The driver has exited.
     """
     from ray.experimental import internal_kv
 
     handed = internal_kv._internal_kv_get(str(run.folder).encode(), namespace=VARIABLES)
     if handed is None:
-        raise TrackingError("the driver of this training has ended", where=run.folder)
+        raise TrackingError("the driver of this training has exited", where=run.folder)
     return json.loads(handed)
 
 
 def set_variables(run: str, storage: str) -> None:
-    """In a worker, before torch is imported: sets the variables that the driver handed over."""
+    """In a worker, before torch is imported: sets the variables that the driver passed."""
     os.environ.update(take_over(Run(run, Path(storage)))["variables"])

@@ -1,1 +1,1 @@
-"""Faults planted into real trainings: what is planted (plant) and how a training is run (drive)."""
+"""Faults in real trainings: plant causes them, drive runs a training, table reports results."""

@@ -1,4 +1,4 @@
-"""Plants faults in the workers of a real training. The product knows nothing of it.
+"""Causes faults in the workers of a real training. The package has no code for it.
 
 ``CPT_FAULTS`` holds a list of faults as JSON; each happens once in a run:
 
@@ -7,9 +7,9 @@
 ``{"what": "hand-over", "ranks": [0], "step": 6}`` killed while files go to the storage
 ``{"what": "hang", "ranks": [1], "step": 5}``      stopped (SIGSTOP) before a backward pass
 ``{"what": "final", "ranks": [0]}``                killed when the final model is to be written
-``{"what": "fill", "ranks": [0], "step": 8, "path": …, "leave": 5e5}`` the disk filled up to that
-``{"what": "slow", "seconds": 0.5}``               every step takes longer, so that it can be hit
-``{"what": "witness"}``                            each rank notes where it is, what it has
+``{"what": "fill", "ranks": [0], "step": 8, "path": …, "leave": 5e5}`` the disk is filled up to that
+``{"what": "slow", "seconds": 0.5}``               every step takes longer, for a signal in time
+``{"what": "witness"}``                            each rank records its node and environment
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from typing import Any
 
 
 def train_loop(config: dict[str, Any]) -> None:
-    """The product's own loop, with the faults planted first."""
+    """Plants the faults, then calls the package's own loop."""
     import ray.train
 
-    from cpt_helpers.train.worker import train_loop as own
+    from cpt_helpers.train.worker import train_loop as package_loop
 
     folder = Path(config["storage"], config["run"])
     rank = ray.train.get_context().get_world_rank()
     for number, fault in enumerate(json.loads(os.environ.get("CPT_FAULTS", "[]"))):
         _plant(fault, folder / f".fault-{number}-rank-{rank}", rank)
-    own(config)
+    package_loop(config)
     if "witness" in os.environ.get("CPT_FAULTS", ""):
-        _bear_witness(folder / f".witness-{rank}.json")
+        _record_environment(folder / f".witness-{rank}.json")
 
 
 def _plant(fault: dict[str, Any], mark: Path, rank: int) -> None:
@@ -68,7 +68,7 @@ def _plant(fault: dict[str, Any], mark: Path, rank: int) -> None:
         raise ValueError(what)
 
 
-def _bear_witness(path: Path) -> None:
+def _record_environment(path: Path) -> None:
     import hashlib
 
     import ray
