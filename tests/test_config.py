@@ -11,7 +11,7 @@ from conftest import python
 
 from cpt_helpers import recipes
 from cpt_helpers.config import findings, hardware, planning, resolution, validation
-from cpt_helpers.data import corpora, mixing, registry, sources
+from cpt_helpers.data import corpora, mixing, sources
 from cpt_helpers.errors import ConfigError, ParameterError, RunExistsError
 from cpt_helpers.run import PROJECT, Run
 from cpt_helpers.setup.assets import tokenizer_of
@@ -27,7 +27,7 @@ def prepared(storage: Path, corpus: Path, tiny_gemma3: Path) -> Run:
     for name in ("ray_docs", "news"):
         corpora.prepare(name, storage)
     gone = {"gone": {"file_name": "corpora/gone/train.jsonl", "columns": {"prompt": "text"}}}
-    registry.register(storage / registry.REGISTRY, gone)
+    corpora.register(storage / corpora.REGISTRY, gone)
     return Run.open("config-tests", storage)
 
 
@@ -132,10 +132,10 @@ print(json.dumps(found))
 
 
 def test_the_shipped_registry_names_the_built_in_corpora() -> None:
-    shipped = registry.read_registry(PROJECT / "dataset-configs" / "dataset_info.json")
+    shipped = corpora.read_registry(PROJECT / "dataset-configs" / "dataset_info.json")
     assert set(shipped) == {n + s for n in sources.BUILTIN for s in ("", recipes.HELD_OUT)}
     for name in sources.BUILTIN:
-        assert registry.entries_of(name).items() <= shipped.items()
+        assert corpora.entries_of(name).items() <= shipped.items()
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)

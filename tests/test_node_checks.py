@@ -140,7 +140,7 @@ def test_gpu_nodes_of_a_cluster(tmp_path: Path) -> None:
 import json, os
 from cpt_helpers import recipes
 from cpt_helpers.config import node_checks, preflight
-from cpt_helpers.setup import cluster
+from cpt_helpers.setup.cluster import ray_cluster
 args = recipes.read_recipe("cpt_1xH100.yaml")[1] | {{"deepspeed": {OFFLOAD!r}}}
 args["resources_per_worker"] = {{"GPU": 1}}
 with ray_cluster() as ray:

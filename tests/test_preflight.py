@@ -230,7 +230,7 @@ def test_other_work_takes_the_room(run: Run, args: dict, ray) -> None:
     other = Other.remote()
     assert ray.get(other.there.remote())
     everything = args | {"ray_num_workers": int(ray.cluster_resources()["CPU"])}
-    with in_time(), pytest.raises(UnreadyError, match="other work takes the room"):
+    with in_time(), pytest.raises(UnreadyError, match="other jobs use the cluster"):
         preflight.placement(ray, everything)
     ray.kill(other)
 

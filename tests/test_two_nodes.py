@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 from nodes import Node, cluster
-from test_faults import LIMIT, TESTS, new, recipe, undisturbed  # noqa: F401 (fixtures)
+from test_faults import LIMIT, TESTS, new, recipe, uninterrupted  # noqa: F401 (fixtures)
 
 pytestmark = [pytest.mark.training, pytest.mark.faults]
 
@@ -18,7 +18,7 @@ SPREAD = {"placement_strategy": "STRICT_SPREAD"}
 PATH = {"PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}  # the nodes import the planted faults
 
 
-def test_one_worker_then_two_on_two_nodes(new, undisturbed, monkeypatch) -> None:  # noqa: F811
+def test_one_worker_then_two_on_two_nodes(new, uninterrupted, monkeypatch) -> None:  # noqa: F811
     """Ray counts LOCAL_RANK per node: both ranks are 0, and each takes its own slices."""
     trained = new("one-then-two", **SPREAD)
     trained.stop_at(7, signal.SIGKILL, workers=1)
@@ -30,7 +30,7 @@ def test_one_worker_then_two_on_two_nodes(new, undisturbed, monkeypatch) -> None
     start = next(e for e in reversed(trained.run.events()) if e["event"] == "start")
     assert start["step"] == step and len({rank["node"] for rank in start["ranks"]}) == 2
     assert start["weights"]["share"] == 1 and start["weights"]["parameters"] > 10
-    for (at, ours), (_, theirs) in zip(trained.losses, undisturbed.losses, strict=True):
+    for (at, ours), (_, theirs) in zip(trained.losses, uninterrupted.losses, strict=True):
         assert ours == pytest.approx(theirs, abs=2e-4), at
 
 

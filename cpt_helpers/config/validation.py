@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.corpora import read_registry
+from ..data.mixing import evaluates
 from ..errors import ConfigError, nearest
 from ..recipes import HELD_OUT, Recipe, known_keys, line_of, names_of, where_of
 from ..redirect import hushed
@@ -259,7 +260,7 @@ def _in_blocks(args: Recipe, path: Path) -> Iterator[ConfigError]:
             do="run notebook 02_data with the same OVERRIDES",
         )
     missing = [n for n in names_of(args.get("eval_dataset")) if n not in mix["heldout_blocks"]]
-    if missing:
+    if missing and evaluates(args):
         yield ConfigError(
             f"eval_dataset: {', '.join(missing)} would not be evaluated",
             where=f"{path}{line_of(path, 'eval_dataset')}\n{record}",
