@@ -59,9 +59,10 @@ def plot(run: Run, roles: dict[str, str]) -> Figure:
         curve = held_out_curve(run, dataset)
         x, y = [step for step, _ in curve], [math.exp(loss) for _, loss in curve]
         right.plot(x, y, "o-", color=colour, label=f"{role}: {dataset}")
+        offset = 6 if colour == "tab:green" else -14  # above one curve, below the other
         for step, value in zip(x, y, strict=True):
             right.annotate(
-                f"{value:.1f}", (step, value), (0, 6), textcoords="offset points", ha="center"
+                f"{value:.1f}", (step, value), (0, offset), textcoords="offset points", ha="center"
             )
     right.set(xlabel="step", ylabel="perplexity", title="Held-out text")
     right.margins(y=0.18)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -31,6 +32,15 @@ def redirected(path: str | os.PathLike) -> Iterator[None]:
 
 @contextmanager
 def hushed() -> Iterator[None]:
-    """Discards the output of this process while the block runs; exceptions are still raised."""
-    with redirected(os.devnull), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        yield
+    """Discards the output of this process while the block runs; exceptions are still raised.
+
+    Log messages are discarded too: a library's handler keeps the stream that it was created with,
+    such as a notebook cell's.
+    """
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with redirected(os.devnull), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(disabled)

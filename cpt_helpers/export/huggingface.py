@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import recipes
+from .. import display, recipes
 from ..checkpoints.manifests import MANIFEST, Checkpoint, pick
 from ..errors import CheckpointError, ExportError, WeightsError
 from ..redirect import hushed
@@ -85,10 +85,9 @@ class Export:
     @property
     def files(self) -> DataFrame:
         """The files and their sizes, without the model card, which is written later."""
-        import pandas as pd
-
         paths = [path for path in sorted(self.folder.iterdir()) if path.name != CARD]
-        return pd.DataFrame({"file": path.name, "MB": path.stat().st_size / 1e6} for path in paths)
+        rows = [{"file": path.name, "MB": round(path.stat().st_size / 1e6, 2)} for path in paths]
+        return display.table(rows)
 
     def __repr__(self) -> str:
         return f"step {self.checkpoint.step}, {self.form}, in {self.folder}\n{self.files}"

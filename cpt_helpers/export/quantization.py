@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import recipes
+from .. import display, recipes
 from ..data import corpora
 from ..data.packing import pack
 from ..errors import ExportError, nearest
@@ -49,8 +49,6 @@ def compare_formats(exported: Export, verification: Verification, scheme: str = 
         verification: Its perplexities.
         scheme: ``"W8A16"``, ``"W4A16"``, or empty for the full precision alone.
     """
-    import pandas as pd
-
     run, recipe = exported.run, recipes.load(exported.run)
     measured = {verification.dtype: (exported.folder, verification.perplexity)}
     if scheme:
@@ -62,7 +60,7 @@ def compare_formats(exported: Export, verification: Verification, scheme: str = 
         measured[scheme] = folder, evaluation.held_out_perplexity(run, *quantized)
         del quantized
         models.release()
-    return pd.DataFrame(
+    return display.table(
         {"weights": name, "MB": round(size_of(folder) / 1e6, 2)}
         | {f"perplexity, {role}": round(value, 3) for role, value in perplexity.items()}
         for name, (folder, perplexity) in measured.items()

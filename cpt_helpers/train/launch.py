@@ -62,6 +62,10 @@ class Summary(dict[str, Any]):
             ("training loss, first step", f"{self['first_loss']:.3f}"),
             ("training loss, last step", f"{self['last_loss']:.3f}"),
         ]
+        if compared := self.get("weights"):
+            text = f"{compared['parameters']} parameters, {compared['share']:.0%} of each, "
+            text += f"{compared['seconds']:.1f} s"
+            rows.append(("loaded weights equal their files", compared["skipped"] or text))
         return display.table(rows)._repr_html_()  # type: ignore[operator]  # missing in the stubs
 
 
@@ -313,6 +317,7 @@ def summary(run: Run) -> Summary:
         **{key: start[key] for key in ("zero_stage", "optimizer", "parameters")},
         first_loss=steps[0]["loss"],
         last_loss=steps[-1]["loss"],
+        weights=start.get("weights"),  # runs of 0.1.0 did not compare them
         launches=len(launched),
         starts=len(starts),
     )
