@@ -22,15 +22,15 @@ run: $(READY)
 	@$(PY) -m cpt_helpers run --run "$(RUN)" --config "$(CONFIG)" --corpus "$(CORPUS)" \
 		--storage "$(STORAGE)" --overrides "$(OVERRIDES)" --parameters "$(PARAMETERS)"
 
-## all tests, with real trainings of tiny models
+## run all tests; some of them train tiny models
 test: $(READY)
 	@$(PY) -m pytest
 
-## train full, freeze and LoRA; export, quantize and serve each
+## train with each method (full, freeze, LoRA); export, quantize and serve each model
 test-forms: $(READY)
 	@$(PY) -m pytest -m forms
 
-## kill, stop, starve and damage trainings, and write the table of results: 30 minutes
+## inject faults into trainings (kills, pauses, full disks, damaged files) and write a table of results: 30 minutes
 test-faults: $(READY)
 	@rm -f $(SEEN)
 	@CPT_FAULTS_TABLE="$(SEEN)" $(PY) -m pytest -m faults tests/test_faults.py
@@ -40,15 +40,15 @@ test-faults: $(READY)
 test-families: $(READY)
 	@$(PY) -m pytest -m families
 
-## compare the speed with the guide's settings, DDP and a plain loop: 25 minutes
+## compare the training speed with that of the guide's settings, DDP and a plain loop: 25 minutes
 bench: $(READY)
 	@PYTHONPATH=. $(PY) benchmarks/speed.py
 
-## measure speed and memory for several workers, model sizes and block lengths: 10 minutes
+## measure speed and memory by number of workers, model size and block length: 10 minutes
 bench-growth: $(READY)
 	@PYTHONPATH=. $(PY) benchmarks/growth.py
 
-## measure the parts of the time from the launch to the first step: 4 minutes
+## measure each part of the time from the launch to the first step: 4 minutes
 bench-start: $(READY)
 	@PYTHONPATH=. $(PY) benchmarks/start.py
 
@@ -56,15 +56,15 @@ bench-start: $(READY)
 bench-step: $(READY)
 	@PYTHONPATH=. $(PY) benchmarks/step.py
 
-## count the planted duplicates that cleaning finds, and its time and memory: 10 MB to 1 GB
+## measure the duplicates that cleaning finds, its time and its memory, on 10 MB to 1 GB of text
 bench-data: $(READY)
 	@PYTHONPATH=. $(PY) benchmarks/data.py
 
-## measure replay of general text: three trainings of the default, 15 minutes
+## measure the effect of replaying general text, in three trainings of the default: 15 minutes
 bench-replay: $(READY)
 	@PYTHONPATH=. $(PY) benchmarks/replay.py
 
-## compare the planned memory with the measured memory: 18 short trainings, 20 minutes
+## compare the planned memory with the measured memory, in 18 short trainings: 20 minutes
 bench-memory: $(READY)
 	@PYTHONPATH=. $(PY) benchmarks/memory.py
 
@@ -76,7 +76,7 @@ bench-forms: $(READY)
 bench-methods: $(READY)
 	@PYTHONPATH=. $(PY) benchmarks/methods.py
 
-## style, notebooks without outputs, the direction of imports, types
+## check style, notebook outputs, the direction of imports, and types
 lint: $(READY)
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
@@ -84,7 +84,7 @@ lint: $(READY)
 	@$(VENV)/bin/lint-imports
 	@$(VENV)/bin/mypy
 
-## JupyterLab on copies of the notebooks on the storage
+## copy the notebooks to the storage and start JupyterLab there
 lab: $(READY)
 	@$(PY) -m cpt_helpers lab --storage "$(STORAGE)"
 
@@ -100,6 +100,6 @@ $(READY): requirements.txt constraints.txt pyproject.toml
 		$(FIND_LINKS) -r requirements.txt -c constraints.txt -e .
 	@touch $@
 
-## remove .venv and the caches, and keep the storage
+## remove .venv and the caches, but not the storage
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

@@ -1,8 +1,8 @@
 """Measures the duplicates that cleaning finds, its memory and its time. ``make bench-data``.
 
 Makes corpora of 10 MB, 100 MB and 1 GB from real sentences (docstrings of installed packages, and
-news). Plants exact and near duplicates and broken lines in them. Prepares each corpus in its own
-process. Writes ``benchmarks/results/data.json``.
+news). Adds exact duplicates, near duplicates and broken lines to them. Prepares each corpus in a
+separate process. Writes ``benchmarks/results/data.json``.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ EXACT, NEAR, BROKEN = 0.02, 0.02, 0.001  # shares of the documents
 
 
 def sentences() -> list[str]:
+    """The distinct sentences of the news and of the packages' docstrings."""
     from cpt_helpers.setup import assets
 
     texts = assets.news()
@@ -39,7 +40,7 @@ def sentences() -> list[str]:
 
 
 def make(path: Path, megabytes: float, pool: list[str], seed: int) -> dict[str, Any]:
-    """Writes a corpus; returns the counts of planted lines, and the pairs of near duplicates."""
+    """Writes a corpus; returns the counts of added lines and the pairs of near duplicates."""
     from cpt_helpers.data.cleaning import shingles
 
     rng = random.Random(seed)
@@ -74,7 +75,11 @@ def make(path: Path, megabytes: float, pool: list[str], seed: int) -> dict[str, 
 
 
 def measured(work: Path, corpus: Path) -> dict[str, Any]:
-    """Prepares a corpus in its own process; returns the seconds and the peak memory of all."""
+    """Prepares a corpus in a separate process.
+
+    Returns:
+        The seconds, and the peak memory of the process and its children together, in MiB.
+    """
     import psutil
 
     code = (
@@ -95,12 +100,12 @@ def measured(work: Path, corpus: Path) -> dict[str, Any]:
             pass
         time.sleep(0.05)
     if process.returncode:
-        raise SystemExit("the corpus could not be prepared")
+        raise SystemExit("the preparation of the corpus failed; see the error above")
     return {"seconds": round(time.monotonic() - since, 1), "peak_mib": round(peak / 2**20)}
 
 
 def found(work: Path, name: str, planted: dict[str, Any]) -> dict[str, Any]:
-    """How many planted lines were found, and how many clean documents were dropped."""
+    """Counts the added lines that cleaning found, and the clean documents that it dropped."""
     from cpt_helpers.data import corpora
 
     corpus = corpora.load(name, work / "storage")
@@ -125,7 +130,7 @@ def found(work: Path, name: str, planted: dict[str, Any]) -> dict[str, Any]:
 
 
 def tokenising(work: Path, name: str, model: str, repeats: int = 3) -> dict[str, Any]:
-    """Tokens per second onto the storage, and of `tokenizers` alone on the same text."""
+    """Tokens per second of packing onto the storage, and of `tokenizers` alone on the same text."""
     from cpt_helpers.data import corpora, packing
     from cpt_helpers.setup import assets
 
@@ -152,9 +157,9 @@ def tokenising(work: Path, name: str, model: str, repeats: int = 3) -> dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", default="10,100,1000", help="megabytes")
-    parser.add_argument("--storage", default="", help="where the model is")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--sizes", default="10,100,1000", help="sizes of the corpora in megabytes")
+    parser.add_argument("--storage", default="", help="folder of the model")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="file of the results")
     given = parser.parse_args()
     from cpt_helpers.run import storage_root
     from cpt_helpers.setup import assets

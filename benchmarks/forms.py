@@ -1,6 +1,6 @@
-"""The cost of quantization: size, perplexity and speed of each format. ``make bench-forms``.
+"""Size, perplexity and speed of quantized models. ``make bench-forms``.
 
-Writes an exported model as W8A16 and W4A16. Measures the size, the perplexity on held-out domain
+Quantizes an exported model to W8A16 and W4A16. Measures the size, the perplexity on held-out domain
 text and the speed of greedy generation in plain transformers on this machine. Writes
 ``benchmarks/results/forms.json`` and ``forms.md``.
 """
@@ -101,10 +101,10 @@ def table(result: dict[str, Any]) -> str:
     first = result["rows"][0]
     lines = [
         f"One model in three formats; {result['date']}, {result['machine']}. Perplexity on "
-        f"held-out {result['corpus']}. Speed in plain transformers, which unpacks weights to "
-        "compute. A gain in speed needs a GPU and vLLM's kernels.",
+        f"held-out {result['corpus']}. The speed is that of plain transformers, which unpacks "
+        "the weights before each product. A gain in speed needs a GPU and vLLM's kernels.",
         "",
-        "| form | weights | perplexity | tokens/s | peak memory, loading included | time to make |",
+        "| format | weights | perplexity | tokens/s | peak memory, with loading | time to make |",
         "|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:

@@ -1,8 +1,9 @@
-"""How do speed and memory grow? ``make bench-growth``.
+"""Speed and memory by number of workers, model size and block length. ``make bench-growth``.
 
-Short trainings through Ray and ZeRO-3: with 1, 2 and 4 workers, models of 3, 30 and 135 million
-parameters, blocks of 128 to 1024 tokens, each with its slope; then, on paper, what 8, 64 and 512
-GPUs would give. Writes ``benchmarks/results/growth.json`` and ``growth.md``.
+Runs short trainings through Ray and ZeRO-3, and varies one setting at a time: 1, 2 and 4 workers,
+models of 3, 30 and 135 million parameters, and blocks of 128 to 1024 tokens. Fits an exponent to
+the model sizes and to the block lengths. Then estimates the speed on 8, 64 and 512 GPUs, which were
+not measured. Writes ``benchmarks/results/growth.json`` and ``growth.md``.
 """
 
 from __future__ import annotations
@@ -22,25 +23,28 @@ from hardware import describe_machine
 from cpt_helpers import recipes
 
 RESULTS = Path(__file__).parent / "results"
-STEPS, TOKENS = 7, 2048  # optimizer steps, of which the last four count; tokens in each
+STEPS, TOKENS = 7, 2048  # optimizer steps (the last four count); tokens per step
 SIZES = ("3M", "30M", "135M")
 WORKERS, LENGTHS = (1, 2, 4), (128, 256, 512, 1024)
 MIDDLE = {"model": "30M", "workers": 2, "length": 256}
 
-# On paper: Gemma-3-4B, all weights, ZeRO-3, bf16, four blocks of 4,096 at once on H100s.
+# The estimate: Gemma-3-4B, all weights, ZeRO-3, bf16, four blocks of 4,096 tokens per H100.
 PARAMETERS, AT_ONCE, MFU, PEAK = 4.3e9, 4 * 4096, 0.40, 989e12
-NODE = 8  # GPUs in a node; NVIDIA DGX H100's data sheet: NVLink 450 GB/s a direction and GPU,
-NVLINK, NETWORK = 450e9, 50e9  # and a network card of 400 Gb/s for each GPU
+# From the data sheet of NVIDIA's DGX H100: 8 GPUs per node, NVLink with 450 GB/s per GPU and
+# direction, and a network card of 400 Gb/s per GPU.
+NODE = 8
+NVLINK, NETWORK = 450e9, 50e9
 
 
 def cases() -> Iterator[dict[str, Any]]:
+    """The settings of each training: :data:`MIDDLE` with one value changed."""
     yield from (MIDDLE | {"model": size} for size in SIZES)
     yield from (MIDDLE | {"workers": n} for n in WORKERS if n != MIDDLE["workers"])
     yield from (MIDDLE | {"length": n} for n in LENGTHS if n != MIDDLE["length"])
 
 
 def model_of(size: str, default: Path, storage: Path) -> Path:
-    """The default model, or a random one of its kind."""
+    """Folder of the default model, or of a smaller one of its architecture with random weights."""
     if size == "135M":
         return default
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -63,6 +67,7 @@ def model_of(size: str, default: Path, storage: Path) -> Path:
 
 
 def measured(case: dict[str, Any], default: Path, storage: Path) -> dict[str, Any]:
+    """Trains with the settings of one case, and returns its row of the table."""
     from cpt_helpers import pipeline
     from cpt_helpers.run import Run
     from cpt_helpers.train import launch
@@ -99,11 +104,12 @@ def measured(case: dict[str, Any], default: Path, storage: Path) -> dict[str, An
 
 
 def slope(x: list[float], y: list[float]) -> float:
-    """The exponent of the power law through the points: 1 where y grows as x does."""
+    """Fits a power law to the points, and returns its exponent. With 1, y is proportional to x."""
     return round(statistics.linear_regression([*map(math.log, x)], [*map(math.log, y)]).slope, 2)
 
 
 def fitted(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The exponents of time and memory by model size and by block length."""
     sizes = [r for r in rows if (r["workers"], r["length"]) == (2, 256)]
     lengths = sorted(
         (r for r in rows if (r["workers"], r["model"]) == (2, "30M")), key=lambda r: r["length"]
@@ -127,7 +133,12 @@ def fitted(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def on_paper(gpus: int) -> dict[str, float]:
-    """A micro-step of ZeRO-3: its computing, and its two gathers and one scatter of the weights."""
+    """Estimates the speed of ZeRO-3 on H100s from one micro-batch per GPU.
+
+    A micro-batch needs its computation, two gathers of the weights and one scatter of the
+    gradients. ``hidden`` assumes that communication overlaps with computation completely, and
+    ``not_hidden`` that it does not overlap.
+    """
     compute = 6 * PARAMETERS * AT_ONCE / (MFU * PEAK)
     moved = 3 * 2 * PARAMETERS * (gpus - 1) / gpus
     communicate = moved / (NVLINK if gpus <= NODE else NETWORK)
@@ -143,10 +154,11 @@ def on_paper(gpus: int) -> dict[str, float]:
 
 def table(result: dict[str, Any]) -> str:
     lines = [
-        f"{TOKENS:,} tokens a step, medians of four; {result['date']}, {result['machine']}. "
-        "Four workers share two cores, each counted with a whole core's peak.",
+        f"{TOKENS:,} tokens per step; medians of the last four steps; {result['date']}, "
+        f"{result['machine']}. The peak is that of matrix products on one core per worker. Four "
+        "workers share two cores, so their share of the peak is too low.",
         "",
-        "| parameters | workers | tokens a block | tokens/s | of the peak | GiB a worker |",
+        "| parameters | workers | block length | tokens/s | share of the peak | GiB per worker |",
         "|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
@@ -154,16 +166,17 @@ def table(result: dict[str, Any]) -> str:
             f"| {row['parameters']:,} | {row['workers']} | {row['length']} "
             f"| {row['tokens_per_second']:,.0f} | {row['mfu']:.0%} | {row['memory'] / 2**30:.2f} |"
         )
-    lines += ["", "| fitted | exponent |", "|---|---|"]
+    lines += ["", "| fitted relation | exponent |", "|---|---|"]
     lines += [f"| {name} | {value:.2f} |" for name, value in result["slopes"].items()]
     lines += [
         "",
-        f"On paper only, nothing of it was run: {PARAMETERS / 1e9:.1f} billion parameters, ZeRO-3 "
-        f"in bf16, {AT_ONCE:,} tokens at once on each H100, {MFU:.0%} of its peak, "
-        f"{NVLINK / 1e9:.0f} GB/s within a node of {NODE}, {NETWORK / 1e9:.0f} GB/s a GPU between.",
+        "The table below is an estimate; nothing in it was measured. It assumes "
+        f"{PARAMETERS / 1e9:.1f} billion parameters, ZeRO-3 in bf16, {AT_ONCE:,} tokens per "
+        f"micro-batch on each H100 and {MFU:.0%} of its peak. It assumes {NVLINK / 1e9:.0f} GB/s "
+        f"within a node of {NODE} GPUs and {NETWORK / 1e9:.0f} GB/s per GPU between nodes.",
         "",
-        "| GPUs | computing, s | communicating, s | tokens/s, all hidden | tokens/s, none hidden "
-        "| tokens a step |",
+        "| GPUs | computation, s | communication, s | tokens/s, full overlap "
+        "| tokens/s, no overlap | tokens per step |",
         "|---|---|---|---|---|---|",
     ]
     for row in result["paper"]:
@@ -173,18 +186,19 @@ def table(result: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        "What breaks first is that the batch may grow with the GPUs: 512 of them take 8.4 million "
-        "tokens a step, and a corpus of a billion tokens is then 119 steps, too few to learn in. "
-        "With the batch held, each GPU gets less at once, and the same bytes between nodes are no "
-        "longer hidden: below 8,000 tokens a GPU communicating takes longer than computing. Then "
-        "ZeRO-2, or ZeRO-3 within a node only, where the states fit.",
+        "The assumption that fails first is that the batch can grow with the number of GPUs. With "
+        "512 GPUs, a step takes 8.4 million tokens. A corpus of a billion tokens then gives 119 "
+        "steps, too few to learn from. With a fixed batch, each GPU computes less, and the "
+        "communication between nodes no longer overlaps completely. Below 8,000 tokens per GPU, "
+        "communication takes longer than computation. Then use ZeRO-2, or ZeRO-3 within each node, "
+        "if the states fit.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--storage", default="", help="where the runs lie")
+    parser.add_argument("--storage", default="", help="folder of the runs")
     given = parser.parse_args()
     from cpt_helpers.run import storage_root
     from cpt_helpers.setup import assets, cluster

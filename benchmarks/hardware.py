@@ -1,4 +1,4 @@
-"""The machine of a benchmark, in words."""
+"""A description of the machine that runs a benchmark."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cpt_helpers.setup import machine
 
 
 def describe_machine() -> str:
-    """CPU cores and their model, memory and GPUs, to write next to the results."""
+    """Returns the number and model of the CPU cores, the memory and the GPUs as text."""
     report = machine.inspect_machine(Path.cwd())
     info = Path("/proc/cpuinfo")
     lines = info.read_text("utf-8").splitlines() if info.is_file() else []

@@ -1,9 +1,9 @@
 """Compares the planned memory with the measured memory of processes. ``make bench-memory``.
 
-Trains a few steps of a model of 3 million parameters and of the default one, under ZeRO 1, 2 and 3,
-with all weights, two layers (freeze) and LoRA, on two workers each. Compares each worker's peak
-memory with the estimate of ``config.memory``. Writes ``benchmarks/results/memory.json`` and
-``memory.md``.
+Trains a model of 3 million parameters and the default model for a few steps on two workers. Uses
+each ZeRO stage (1, 2, 3) with each method: all weights, two layers (freeze) and LoRA. Compares each
+worker's peak memory with the estimate of ``config.memory``. Writes
+``benchmarks/results/memory.json`` and ``memory.md``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STEPS = 3
 
 
 def measured(storage: Path, name: str, model: str, stage: int, kind: str) -> dict[str, Any]:
-    """One training; an existing run is reused."""
+    """Trains with one ZeRO stage and method, or reuses the existing run; returns its row."""
     from cpt_helpers.config import memory, resolution
     from cpt_helpers.data import corpora, mixing
     from cpt_helpers.run import Run
@@ -71,7 +71,9 @@ def measured(storage: Path, name: str, model: str, stage: int, kind: str) -> dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--storage", default="", help="the storage folder of the runs")
-    parser.add_argument("--only", default="", help="a part of a row's name, such as tiny or z3")
+    parser.add_argument(
+        "--only", default="", help="only rows whose name contains this text, such as tiny or z3"
+    )
     given = parser.parse_args()
     from cpt_helpers.run import storage_root
     from cpt_helpers.setup import assets, cluster
@@ -95,6 +97,7 @@ def main() -> None:
 
 
 def write(rows: list[dict[str, Any]], machine: str) -> None:
+    """Writes the results and their table."""
     RESULTS.mkdir(exist_ok=True)
     result = {"date": str(date.today()), "machine": machine, "rows": rows}
     (RESULTS / "memory.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -103,10 +106,10 @@ def write(rows: list[dict[str, Any]], machine: str) -> None:
 
 def table(result: dict[str, Any]) -> str:
     lines = [
-        f"Peak resident memory of each of two workers over {STEPS} steps, MiB; {result['date']}, "
-        f"{result['machine']}.",
+        f"Predicted and measured peak resident memory per worker, in MiB, with two workers over "
+        f"{STEPS} steps; {result['date']}, {result['machine']}.",
         "",
-        "| model | ZeRO | trained | predicted | seen, rank 0 | rank 1 | predicted / their mean |",
+        "| model | ZeRO stage | method | predicted | rank 0 | rank 1 | predicted / mean of ranks |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:

@@ -1,8 +1,8 @@
 """Results and costs of full, freeze and LoRA training. ``make bench-methods``.
 
-Trains the default model on the default corpus with the three CPU recipes and the same tokens each
-time, through Ray and ZeRO-3. Writes ``benchmarks/results/methods.json`` and ``methods.md``.
-Existing runs are used as they are.
+Trains the default model on the default corpus with each of the three CPU recipes, through Ray and
+ZeRO-3. Each recipe trains on the same tokens. Writes ``benchmarks/results/methods.json`` and
+``methods.md``. Reuses existing runs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RECIPES = {"full": "cpt_cpu.yaml", "freeze": "cpt_cpu_freeze.yaml", "lora": "cpt
 
 
 def trained(kind: str, storage: Path, steps: int | None) -> dict[str, Any]:
-    """Trains with one method, and returns its row of the table."""
+    """Trains with one method, or reuses the existing run; returns its row of the table."""
     from cpt_helpers import pipeline, plots
     from cpt_helpers.checkpoints import manifests
     from cpt_helpers.run import Run
@@ -68,10 +68,11 @@ def main() -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    heads = ["", "parameters trained", "domain", "general", "tokens/s", "seconds", "GiB per worker"]
-    heads.append("MB per checkpoint")
+    heads = ["method", "parameters trained", "domain perplexity", "general perplexity"]
+    heads += ["tokens/s", "seconds", "GiB per worker", "MB per checkpoint"]
     lines = [
-        f"The same {result['rows'][0]['tokens']:,} tokens; {result['date']}, {result['machine']}.",
+        f"Each method trains on the same {result['rows'][0]['tokens']:,} tokens; {result['date']}, "
+        f"{result['machine']}.",
         "",
         f"| {' | '.join(heads)} |",
         "|" + "---|" * len(heads),

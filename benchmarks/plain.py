@@ -1,8 +1,9 @@
-"""The yardstick: a training loop in plain PyTorch and transformers, nothing else.
+"""A training loop in plain PyTorch and transformers, as a reference for :mod:`speed`.
 
-``python benchmarks/plain.py MODEL TOKENISED --steps 6 --blocks 8 --at-once 8`` writes a line of
-JSON for each optimizer step: its seconds and loss. Same model, blocks in the same order, batch,
-precision, optimizer and learning rates as the recipe it is held against; one process, all cores.
+``python benchmarks/plain.py MODEL TOKENISED --steps 6 --blocks 8 --at-once 8`` writes one line of
+JSON per optimizer step, with its seconds and its loss. The loop uses the recipe's model, blocks,
+order of blocks, batch, precision, optimizer and learning rates. It runs in one process on all
+cores.
 """
 
 from __future__ import annotations
@@ -15,17 +16,23 @@ import time
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="a Hugging Face folder")
-    parser.add_argument("tokenised", help="what notebook 02 tokenised")
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--blocks", type=int, default=8, help="in an optimizer step")
-    parser.add_argument("--at-once", type=int, default=8, help="in a forward pass")
-    parser.add_argument("--learning-rate", type=float, default=2.5e-4)
-    parser.add_argument("--schedule", default="constant", help="as transformers names it")
-    parser.add_argument("--schedule-settings", type=json.loads, default={}, help="JSON")
-    parser.add_argument("--warmup", type=int, default=0, help="steps")
-    parser.add_argument("--seed", type=int, default=42, help="of the blocks' order")
-    parser.add_argument("--bf16", action="store_true", help="autocast, weights in fp32")
+    parser.add_argument("model", help="folder of a Hugging Face model")
+    parser.add_argument("tokenised", help="folder of the tokenised corpus (notebook 02)")
+    parser.add_argument("--steps", type=int, default=6, help="number of optimizer steps")
+    parser.add_argument("--blocks", type=int, default=8, help="blocks per optimizer step")
+    parser.add_argument("--at-once", type=int, default=8, help="blocks per forward pass")
+    parser.add_argument("--learning-rate", type=float, default=2.5e-4, help="peak learning rate")
+    parser.add_argument(
+        "--schedule", default="constant", help="name of the scheduler in transformers"
+    )
+    parser.add_argument(
+        "--schedule-settings", type=json.loads, default={}, help="JSON of its settings"
+    )
+    parser.add_argument("--warmup", type=int, default=0, help="number of warmup steps")
+    parser.add_argument("--seed", type=int, default=42, help="seed of the order of blocks")
+    parser.add_argument(
+        "--bf16", action="store_true", help="autocast to bf16, with weights in fp32"
+    )
     given = parser.parse_args()
     import torch
     from datasets import load_from_disk
@@ -35,7 +42,7 @@ def main() -> None:
     torch.set_num_threads(cores or 1)
     model = AutoModelForCausalLM.from_pretrained(given.model, torch_dtype=torch.float32).train()
     blocks = load_from_disk(given.tokenised)["train"].with_format("torch")
-    # As accelerate's sampler draws them in the first epoch.
+    # The order of accelerate's sampler in the first epoch.
     order = torch.randperm(
         len(blocks), generator=torch.Generator().manual_seed(given.seed)
     ).tolist()
@@ -56,7 +63,7 @@ def main() -> None:
             taken = order[start : min(start + given.at_once, first + given.blocks)]
             ids = blocks[taken]["input_ids"]
             with torch.autocast("cpu", torch.bfloat16, enabled=given.bf16):
-                # transformers' trainer divides by all labels, each block's first too
+                # transformers' trainer divides by all labels, including each block's first
                 items = given.blocks * ids.shape[1]
                 share = model(
                     input_ids=ids, labels=ids, use_cache=False, num_items_in_batch=items

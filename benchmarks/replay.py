@@ -1,8 +1,9 @@
 """The effect of replaying general text on domain and general perplexity. ``make bench-replay``.
 
 Trains the default model on the default corpus with 0, 5 and 25 % of news, with the same number of
-tokens each time. Measures held-out domain text, held-out news, and reviews, on which no run was
-trained, in plain transformers. Writes ``benchmarks/results/replay.json`` and ``replay.md``.
+tokens each time. Measures the perplexity in plain transformers, on held-out domain text, held-out
+news and film reviews. No run trains on reviews. Writes ``benchmarks/results/replay.json`` and
+``replay.md``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ SHARES = (0.0, 0.05, 0.25)
 
 
 def reviews() -> list[str]:
-    """Film reviews from gensim's test data: general text other than news."""
+    """Film reviews from gensim's test data, as general text other than news."""
     from cpt_helpers.setup import assets
 
     members = {
@@ -48,6 +49,7 @@ def _text(path: Path) -> str:
 
 
 def measure(folder: Path | str, sets: dict[str, list[str]], block: int) -> dict[str, float]:
+    """The perplexity of a model on each set of texts, in blocks of ``block`` tokens."""
     from cpt_helpers.setup import models
 
     model, tokenizer = models.load(folder, dtype="float32")
@@ -55,7 +57,7 @@ def measure(folder: Path | str, sets: dict[str, list[str]], block: int) -> dict[
 
 
 def trained(share: float, storage: Path, steps: int | None) -> tuple[Path, dict[str, Any]]:
-    """Trains with one share of news, or uses the existing run."""
+    """Trains with one share of news, or reuses the existing run; returns its model and costs."""
     from cpt_helpers.config import resolution
     from cpt_helpers.data import corpora, mixing
     from cpt_helpers.run import Run
@@ -110,9 +112,9 @@ def main() -> None:
 def table(result: dict[str, Any]) -> str:
     first = result["rows"][0]["perplexity"]
     lines = [
-        f"Perplexity by the share of news replayed; {result['date']}, {result['machine']}.",
+        f"Perplexity by the share of replayed news; {result['date']}, {result['machine']}.",
         "",
-        "| replay | tokens | " + " | ".join(first) + " |",
+        "| share of news | tokens | " + " | ".join(first) + " |",
         "|---|---|" + "---|" * len(first),
     ]
     for row in result["rows"]:

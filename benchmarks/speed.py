@@ -1,9 +1,15 @@
-"""How close to the machine does the default come? ``make bench``.
+"""Training speed of the default recipe, compared with three other setups. ``make bench``.
 
-Turn by turn, so that drift cancels: the guide's settings and our recipe, both through Ray and
-ZeRO-3; LLaMA-Factory alone under torchrun with DDP; a plain PyTorch loop (:mod:`plain`); the
-machine's matrix products. The same model, blocks, batch and precision. Writes
-``benchmarks/results/speed.json``, ``speed.md`` and ``speed.png``.
+Measures four setups with the same model, blocks, batch and precision:
+
+- the guide's settings, through Ray and ZeRO-3
+- our recipe, through Ray and ZeRO-3
+- LLaMA-Factory alone, under torchrun with DDP
+- a plain PyTorch loop (:mod:`plain`)
+
+Also measures the speed of matrix products alone. The setups run in turns, so that a drift of the
+machine's speed affects all of them. Writes ``benchmarks/results/speed.json``, ``speed.md`` and
+``speed.png``.
 """
 
 from __future__ import annotations
@@ -30,10 +36,10 @@ from hardware import describe_machine
 from cpt_helpers import recipes
 
 RESULTS = Path(__file__).parent / "results"
-STEPS, STEADY = 6, 3  # optimizer steps of a turn; the first ones touch memory and trace the model
+STEPS, STEADY = 6, 3  # steps per turn; only the last ones count, as the first are slower
 WORKERS = 2
-# The guide's, as far as a CPU can have them: one block at once, the rest accumulated, activations
-# computed again, the plain optimizer, DeepSpeed's own bucket sizes.
+# The guide's settings that a CPU supports: a micro-batch of one block with gradient accumulation,
+# gradient checkpointing, the unfused AdamW, and DeepSpeed's default bucket sizes.
 GUIDE: dict[str, Any] = {
     "per_device_train_batch_size": 1,
     "disable_gradient_checkpointing": None,
@@ -55,7 +61,7 @@ NAMES = {
 
 
 def through_ray(kind: str, turn: int, storage: Path) -> dict[str, Any]:
-    """A training by our own launch: the guide's settings or the recipe's."""
+    """Trains through Ray with the guide's settings or our recipe, and returns the measurements."""
     from cpt_helpers import pipeline
     from cpt_helpers.run import Run
     from cpt_helpers.train import launch
@@ -93,11 +99,11 @@ def through_ray(kind: str, turn: int, storage: Path) -> dict[str, Any]:
 
 
 def plain_copy(folder: Path) -> dict[str, float]:
-    """Seconds of a copy of a checkpoint, beside it, on the same disk.
+    """Copies a checkpoint to the same disk twice, and returns the seconds of each copy.
 
     Returns:
-        ``new``: into memory that nothing has used for a while, as a checkpoint finds it; ``again``:
-        into what the removal of the first copy left at hand.
+        ``new``: seconds of a copy into memory that was not used recently, as for a checkpoint.
+        ``again``: seconds of a second copy, into the memory that the first copy released.
     """
     took, target = {}, folder.parent / "copy"
     for kind, pause in (("new", 10), ("again", 0)):
@@ -110,7 +116,11 @@ def plain_copy(folder: Path) -> dict[str, float]:
 
 
 def _alone(command: list[str], own: dict[str, str], log: Path, watch: Any) -> int:
-    """Runs a command to its end, calling ``watch`` ten times a second; most memory of a process."""
+    """Runs a command and calls ``watch`` ten times per second.
+
+    Returns:
+        The peak resident memory of any one of its processes, in bytes.
+    """
     from cpt_helpers.setup import machine
 
     most = 0
@@ -133,7 +143,7 @@ def _alone(command: list[str], own: dict[str, str], log: Path, watch: Any) -> in
 
 
 def ddp(turn: int, storage: Path) -> dict[str, Any]:
-    """LLaMA-Factory's own launcher, one process a core, no DeepSpeed, no Ray."""
+    """Trains with LLaMA-Factory's own launcher: one process per core, no DeepSpeed, no Ray."""
     import llamafactory
 
     args, _ = recipe_for_others(storage)
@@ -163,6 +173,7 @@ def ddp(turn: int, storage: Path) -> dict[str, Any]:
 
 
 def plain(turn: int, storage: Path) -> dict[str, Any]:
+    """Trains with the plain PyTorch loop of :mod:`plain`."""
     args, _ = recipe_for_others(storage)
     blocks = WORKERS * args["per_device_train_batch_size"] * args["gradient_accumulation_steps"]
     file = str(Path(__file__).with_name("plain.py"))
@@ -184,7 +195,7 @@ def plain(turn: int, storage: Path) -> dict[str, Any]:
 
 
 def recipe_for_others(storage: Path) -> tuple[dict[str, Any], Path]:
-    """Our recipe, as LLaMA-Factory takes it without Ray and DeepSpeed; and a folder for it."""
+    """Returns our recipe without the settings of Ray and DeepSpeed, and a folder for its files."""
     from cpt_helpers import pipeline
     from cpt_helpers.run import Run
 
@@ -199,7 +210,7 @@ def recipe_for_others(storage: Path) -> tuple[dict[str, Any], Path]:
 
 
 def training_only(tokenised: Path, folder: Path) -> Path:
-    """The tokenised corpus without its held-out parts: nothing here evaluates."""
+    """Copies the tokenised corpus without its held-out sets, since no setup evaluates."""
     from datasets import DatasetDict, load_from_disk
 
     target = folder / "tokenised"
@@ -208,7 +219,7 @@ def training_only(tokenised: Path, folder: Path) -> Path:
 
 
 def matrix_products(bf16: bool) -> float:
-    """FLOP/s of matrix products on all cores, in a process of their own."""
+    """Measures the FLOP/s of matrix products on all cores, in a separate process."""
     code = (
         "import torch, sys; from cpt_helpers.config import flops;"
         "torch.set_num_threads(int(sys.argv[1]));"
@@ -225,7 +236,7 @@ def matrix_products(bf16: bool) -> float:
 
 
 def summary(turns: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
-    """Medians over the steady steps of all turns, and ratios inside this run."""
+    """Medians over the steady steps of all turns, and the ratios of the setups."""
     peak = statistics.median(turn["peak"] for turn in turns)
     flops = turns[0]["default"]["flops_per_token"]
     found: dict[str, Any] = {}
@@ -263,11 +274,11 @@ def summary(turns: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     found, said = result["summary"], result["machine"]
     lines = [
-        f"{result['tokens']:,} tokens a step, medians of {STEADY} steady steps in each of "
-        f"{len(result['turns'])} turn(s); {result['date']}, {said}. Matrix products alone: "
-        f"{found['peak_flops'] / 1e9:.0f} GFLOP/s.",
+        f"{result['tokens']:,} tokens per step; medians of the last {STEADY} steps of each of "
+        f"{len(result['turns'])} turn(s); {result['date']}, {said}. The peak is the measured speed "
+        f"of matrix products alone, {found['peak_flops'] / 1e9:.0f} GFLOP/s.",
         "",
-        "| | tokens/s | spread | of the peak | mean loss | GiB a process |",
+        "| setup | tokens/s | lowest – highest | share of the peak | mean loss | GiB per process |",
         "|---|---|---|---|---|---|",
     ]
     for kind, name in NAMES.items():
@@ -281,11 +292,12 @@ def table(result: dict[str, Any]) -> str:
     ratios = [f"{found[f'default / {k}']:.2f} × {NAMES[k]}" for k in ("plain", "guide", "ddp")]
     lines += [
         "",
-        f"Our recipe: {'; '.join(ratios)}. From the launch call to the first step "
-        f"{ours['start_up']:.0f} s. A checkpoint of {ours['checkpoint_bytes'] / 1e9:.2f} GB holds "
-        f"the training up for {ours['checkpoint_seconds']:.1f} s; a plain copy of it takes "
-        f"{ours['copy_new']:.1f} s into new memory, {ours['copy_again']:.1f} s into what another "
-        "copy has just left.",
+        f"Speed of our recipe: {'; '.join(ratios)}. The first step begins "
+        f"{ours['start_up']:.0f} s after the launch call. A checkpoint of "
+        f"{ours['checkpoint_bytes'] / 1e9:.2f} GB stops the training for "
+        f"{ours['checkpoint_seconds']:.1f} s. A plain copy of it takes {ours['copy_new']:.1f} s "
+        f"into new memory, and {ours['copy_again']:.1f} s into memory that another copy has just "
+        "released.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -305,17 +317,17 @@ def draw(result: dict[str, Any], path: Path) -> None:
     for i, rate in enumerate(rates):
         axes.text(2, i, f"{rate:.0f}", va="center", color="white", weight="bold")
     axes.invert_yaxis()
-    axes.set(xlabel="tokens/s at steady steps, with the least and the most seen")
+    axes.set(xlabel="tokens/s in steady steps (bar: median, line: lowest to highest)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--storage", default="", help="where the runs lie")
-    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--storage", default="", help="folder of the runs")
+    parser.add_argument("--turns", type=int, default=2, help="number of turns")
     given = parser.parse_args()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns of every fork
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # avoids a warning at each fork
     from cpt_helpers.run import storage_root
 
     storage = storage_root(given.storage)

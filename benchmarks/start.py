@@ -1,8 +1,9 @@
-"""Where does the time from the launch call to the first step go? ``make bench-start``.
+"""Parts of the time from the launch call to the first step. ``make bench-start``.
 
-The default recipe for one step, through Ray and ZeRO-3, some turns of it, held-out text not
-measured first. Writes ``benchmarks/results/start.json`` and ``start.md``, and Ray's timeline of the
-last turn, ``start.trace.json`` (not kept), for https://ui.perfetto.dev.
+Trains the default recipe for one step, through Ray and ZeRO-3, in several turns. Skips the
+evaluation before the first step. Writes ``benchmarks/results/start.json`` and ``start.md``. Also
+writes Ray's timeline of the last turn to ``start.trace.json``, which git ignores. Open it at
+https://ui.perfetto.dev.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ ONE_STEP = {
     "report_to": "none",
 }
 PARTS = {
-    "launched": "room, model, Ray started, a look at every node",
-    "entered": "Tune's actor, then the workers, torch imported in each",
-    "imported": "DeepSpeed and LLaMA-Factory imported",
-    "start": "data, tokenizer, model; DeepSpeed sets up",
+    "launched": "checks of disk space and model, start of Ray, checks on every node",
+    "entered": "start of Tune's actor and the workers, import of torch in each",
+    "imported": "import of DeepSpeed and LLaMA-Factory",
+    "start": "loading of data, tokenizer and model, set-up of DeepSpeed",
 }
 
 
 def measured(storage: Path) -> dict[str, float]:
-    """Seconds from the call to each of the parts' ends."""
+    """Trains one step, and returns the seconds from the launch call to the end of each part."""
     from cpt_helpers import pipeline
     from cpt_helpers.run import Run
     from cpt_helpers.train import launch
@@ -58,7 +59,7 @@ def measured(storage: Path) -> dict[str, float]:
 
 
 def _timeline(run: Any) -> None:
-    """Has Ray write down what its processes did, once the training has begun."""
+    """Writes Ray's timeline after the training has begun."""
     import ray
 
     while not run.events():
@@ -69,9 +70,9 @@ def _timeline(run: Any) -> None:
 def table(result: dict[str, Any]) -> str:
     turns = result["turns"]
     lines = [
-        f"Seconds, {len(turns)} turns; {result['date']}, {result['machine']}.",
+        f"Seconds of each part in {len(turns)} turns; {result['date']}, {result['machine']}.",
         "",
-        "| | " + " | ".join(f"turn {i + 1}" for i in range(len(turns))) + " |",
+        "| part | " + " | ".join(f"turn {i + 1}" for i in range(len(turns))) + " |",
         "|---" * (len(turns) + 1) + "|",
     ]
     before = [0.0] * len(turns)
@@ -81,15 +82,15 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"| {said} | " + " | ".join(took) + " |")
         before = ends
     lines.append(
-        "| **to the first step** | " + " | ".join(f"**{t['start']}**" for t in turns) + " |"
+        "| **total, to the first step** | " + " | ".join(f"**{t['start']}**" for t in turns) + " |"
     )
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--storage", default="", help="where the run lies")
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--storage", default="", help="folder of the run")
+    parser.add_argument("--turns", type=int, default=3, help="number of turns")
     given = parser.parse_args()
     from cpt_helpers.run import storage_root
 

@@ -1,8 +1,8 @@
-"""Where does a step's time go? ``make bench-step``.
+"""Profile of one optimizer step. ``make bench-step``.
 
-The default recipe's training under ZeRO-3 in two processes, as the workers run it but without Ray,
-with torch's profiler around one steady step of rank 0. Writes ``benchmarks/results/step.txt``, and
-``step.trace.json`` (not kept) for https://ui.perfetto.dev.
+Trains the default recipe under ZeRO-3 in two processes, like the workers but without Ray. Profiles
+one steady step of rank 0 with torch's profiler. Writes ``benchmarks/results/step.txt``. Also writes
+``step.trace.json``, which git ignores. Open it at https://ui.perfetto.dev.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WORKERS, STEPS = 2, 6
 
 
 def rank() -> None:
-    """One process of the training."""
+    """Runs one process of the training, and profiles its last step."""
     import yaml
 
     from cpt_helpers.train import patches
