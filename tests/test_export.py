@@ -246,7 +246,7 @@ def test_an_adapter_needs_its_own_base(
         (adapter / "adapter_config.json").write_text(json.dumps(note))
 
     on(tmp_path / "gone")
-    refused(AssetError, f"not there: '{tmp_path}/gone'", adapter, target, form=form)
+    refused(AssetError, f"does not exist: '{tmp_path}/gone'", adapter, target, form=form)
     for change in ({"intermediate_size": 96}, {"num_hidden_layers": 1}):
         other = transformers.AutoConfig.from_pretrained(tiny_gemma3)
         other.update(change)
