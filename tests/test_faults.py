@@ -342,6 +342,20 @@ def test_the_storage_full(new, uninterrupted, small_file_system, seen) -> None:
     same(trained, uninterrupted, seen, "a clear error; with room again, resumed from step 6")
 
 
+@pytest.mark.chosen
+def test_a_loss_that_is_not_a_number(new, uninterrupted) -> None:
+    """The run ends with an error, is not restarted, and keeps the checkpoints before that step."""
+    trained = new("diverged")
+    assert trained.train([{"what": "nan", "ranks": [1], "step": 8}]) == 1
+    assert "DivergedError: the training diverged at step 8, on rank 1: the loss is nan" in (
+        trained.output
+    )
+    assert "last good checkpoint: step 6" in trained.output
+    assert trained.starts == [0] and trained.saved == [3, 6]
+    assert trained.losses == uninterrupted.losses[:7]
+    assert trained.run.state == "started" and not list(trained.run.output.glob("*.safetensors"))
+
+
 def test_killed_twice(new, uninterrupted, seen) -> None:
     """13 · killed twice in one run."""
     trained = new("twice")

@@ -52,7 +52,9 @@ def _plant(fault: dict[str, Any], mark: Path, rank: int) -> None:
         mark.touch()
         os.kill(os.getpid(), signal.SIGSTOP if what == "hang" else signal.SIGKILL)
 
-    if what == "fill":
+    if what == "nan":
+        _spoil_loss(fault["step"])
+    elif what == "fill":
         _around_each_step(lambda step: _fill(fault) if step + 1 == fault["step"] else None)
     elif what == "hang":
         _in_backward(fault["step"], strike)
@@ -102,6 +104,19 @@ def _around_each_step(act: Any) -> None:
         loss = step_of(self, *args, **kwargs)
         act(self.state.global_step)
         return loss
+
+    Trainer.training_step = training_step
+
+
+def _spoil_loss(step: int) -> None:
+    """Makes one step's loss NaN."""
+    from transformers import Trainer
+
+    step_of = Trainer.training_step
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = step_of(self, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step + 1 == step else loss
 
     Trainer.training_step = training_step
 
