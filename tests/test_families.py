@@ -253,6 +253,16 @@ def test_garbage_weights_are_refused_before_the_first_step(home, train) -> None:
     assert Run(name, home).events() == []
 
 
+def test_a_large_model_is_compared_in_part(home, train) -> None:
+    jobs = [job(home, "sampled", "qwen2", before=["sampled"])]
+    jobs.append(job(home, "bad-sample", "qwen2", before=["lazily_without_waiting", "sampled"]))
+    assert train(jobs) == {"sampled": [0, 0], "bad-sample": [1, 1]}
+    compared = Run("sampled", home).events()[0]["weights"]
+    assert compared["parameters"] == 26 and 0 < compared["share"] < 1
+    assert compared["bytes"] <= 2 * 50_000
+    assert "WeightsError" in log(home, "bad-sample")
+
+
 def test_a_diverging_training_ends_with_an_event_and_no_later_checkpoint(home, train) -> None:
     hot = {"learning_rate": 1e9, "max_steps": 12, "before": ["own_checkpoints"]}
     hot |= {"save_strategy": "steps", "save_steps": 1, "bf16": False}
