@@ -210,7 +210,7 @@ def test_repeated_trainings_are_equal(home, train) -> None:
         for other, method in enumerate(METHODS):
             combinations.append((family, method, (number + other) % 3 + 1, 2))
     combinations += [("qwen2", "full", stage, 1) for stage in (1, 2, 3)]
-    combinations += [("qwen2", "full", 3, 2)]
+    combinations += [("qwen2", "full", 3, 2), ("qwen2", "full", 0, 2)]  # 0: DDP, no DeepSpeed
     repeated(home, train, combinations)
 
 
