@@ -18,7 +18,7 @@ LARGEST_NORM = 1e6  # of the gradient; healthy runs stay below 100
 
 
 class CptTrainer(CustomTrainer):
-    """Corrects LLaMA-Factory 0.9.3 and transformers 4.52.4 in six places.
+    """Corrects LLaMA-Factory 0.9.3 and transformers 4.52.4 in seven places.
 
     - Parameter groups with the same settings become one, and empty groups are dropped. DeepSpeed
       0.16.9 drops empty ones by itself; under LoRA torch 2.13 then fails with "zip() argument 2 is
@@ -26,6 +26,7 @@ class CptTrainer(CustomTrainer):
     - Resumed from the last step's checkpoint, transformers would train one more step.
     - Resumed with another micro-batch, transformers would take the checkpoint's: the global batch
       would change.
+    - Resumed from a universal checkpoint, each rank still writes its own model states.
     - LLaMA-Factory saves a multimodal model's processor after all callbacks; ours comes last.
     - A loss that is not finite, or exactly 0, stops the training. transformers would log the mean
       of the losses before.
